@@ -1,0 +1,170 @@
+"""The entropy model: a small causal byte transformer whose next-byte entropy decides where patches start.
+
+In: byte ids [B,T]. Out: logits [B,T,V]; entropies in nats. `document_entropies` runs whole documents of any length:
+short ones share a row, long ones stream through with the window's keys and values carried over.
+Source: SPEC sections 2 and 3. Shapes: B rows, T positions, V vocabulary, D width, n bytes of a document.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from blt.attention import documents_from_eos
+from blt.errors import ConfigError
+from blt.layers import Block, Context, KeyValue, RMSNorm, TransformerConfig, context, init_blocks, init_linear
+from blt.vocabulary import BOS, VOCABULARY_SIZE, encode
+
+STREAM_BYTES = 8192
+"""Rotary positions of a document start again at each multiple of this (after the carried window), so that they stay
+small enough for float32 angles and are a function of the place in the document alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyModelConfig:
+    """Shape of the entropy model. The published one is width 768, 14 layers, 12 heads (99,512,064 parameters)."""
+
+    transformer: TransformerConfig
+
+    def __post_init__(self) -> None:
+        if self.transformer.window is None:
+            raise ConfigError("transformer.window must be set for an entropy model: long documents stream through it")
+
+    @property
+    def window(self) -> int:
+        """Positions that a position sees in one layer, itself included."""
+        assert self.transformer.window is not None
+        return self.transformer.window
+
+
+class EntropyModel(nn.Module):
+    """Embedding -> pre-norm blocks -> RMSNorm -> linear, untied and bias-free."""
+
+    def __init__(self, config: EntropyModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        shape = config.transformer
+        self.byte_embedding = nn.Embedding(VOCABULARY_SIZE, shape.width)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = RMSNorm(shape.width, shape.norm_eps)
+        self.output = nn.Linear(shape.width, VOCABULARY_SIZE, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initial weights, SPEC section 9."""
+        init_linear(self.byte_embedding.weight)
+        init_blocks(self.blocks, self.config.transformer)
+        nn.init.ones_(self.norm.weight)
+        init_linear(self.output.weight)
+
+    def forward(self, byte_ids_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
+        """Logits [B,T,V] of the next byte, float32 or wider.
+
+        document_ids_BT: int64, constant and contiguous per document (-1 = padding); a document sees itself only and
+        its positions start at 0. None: an EOS closes a document and positions run along the row, as the reference.
+        """
+        if document_ids_BT is None:
+            positions = torch.arange(byte_ids_BT.shape[1], device=byte_ids_BT.device).expand_as(byte_ids_BT)
+            shared = context(self.config.transformer, documents_from_eos(byte_ids_BT), positions)
+        else:
+            shared = context(self.config.transformer, document_ids_BT)
+        logits, _ = self.step(byte_ids_BT, shared, None)
+        return logits
+
+    def step(
+        self, byte_ids_BT: Tensor, shared: Context, carry: Sequence[KeyValue] | None
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Logits of a chunk that follows `carry` (one pair per layer), and the pairs the next chunk may need."""
+        x = self.byte_embedding(byte_ids_BT)
+        keys_values = []
+        for layer, block in enumerate(self.blocks):
+            x, pair = block.step(x, shared, None if carry is None else carry[layer])
+            keys_values.append(pair)
+        logits: Tensor = self.output(self.norm(x))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), keys_values
+
+
+def next_byte_entropy(logits: Tensor) -> Tensor:
+    """-sum p ln p over the last dimension, in nats, float32 (SPEC section 3: all 260 ids count)."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.special.entr(torch.softmax(wide, -1)).sum(-1).float()
+
+
+@torch.inference_mode()
+def document_entropies(
+    model: EntropyModel, documents: Sequence[bytes], *, reset_on_newline: bool = False, row_bytes: int = STREAM_BYTES
+) -> list[Tensor]:
+    """Entropies of each document, float32 [n + 1] in nats on the CPU: index 0 made at BOS, index i at byte i - 1.
+
+    With `reset_on_newline` a newline byte opens a new context. A document's entropies depend on the document, the
+    model and the reset alone (to 1e-4 nats in float32), not on the other documents or on `row_bytes`.
+    """
+    if row_bytes < 1:
+        raise ValueError(f"row_bytes must be at least 1, got {row_bytes}")
+    row_bytes = min(row_bytes, STREAM_BYTES)
+    runs = [run for document in documents for run in _contexts(document, reset_on_newline)]
+    parts: list[Tensor] = []
+    for row in _rows(runs, row_bytes):
+        parts.append(_stream(model, row[0], row_bytes) if len(row) == 1 else _packed(model, row))
+    entropies = torch.cat(parts) if parts else torch.empty(0)
+    return list(entropies.split([len(document) + 1 for document in documents]))
+
+
+def _contexts(document: bytes, reset_on_newline: bool) -> Iterator[Tensor]:
+    """The runs of ids that a model reads as one context: BOS and the bytes, or one per line opening with its newline."""
+    ids = torch.cat((torch.tensor([BOS]), encode(document)))
+    if not reset_on_newline:
+        yield ids
+        return
+    newlines = (torch.nonzero(ids == encode(b"\n")).flatten()).tolist()
+    yield from ids.tensor_split(newlines)
+
+
+def _rows(runs: Sequence[Tensor], row_bytes: int) -> Iterator[list[Tensor]]:
+    """Consecutive runs that fit one row together; a run longer than a row comes alone."""
+    row: list[Tensor] = []
+    used = 0
+    for run in runs:
+        if row and used + len(run) > row_bytes:
+            yield row
+            row, used = [], 0
+        row.append(run)
+        used += len(run)
+    if row:
+        yield row
+
+
+def _packed(model: EntropyModel, row: Sequence[Tensor]) -> Tensor:
+    """Entropies [sum of lengths] of several runs in one row."""
+    device = model.output.weight.device
+    lengths = torch.tensor([len(run) for run in row])
+    document_ids = torch.arange(len(row)).repeat_interleave(lengths)
+    logits = model(torch.cat(list(row)).to(device)[None], document_ids.to(device)[None])
+    return next_byte_entropy(logits)[0].cpu()
+
+
+def _stream(model: EntropyModel, ids: Tensor, row_bytes: int) -> Tensor:
+    """Entropies [n] of one run in chunks of at most row_bytes, each after the keys and values of the window before."""
+    device, kept = model.output.weight.device, model.config.window - 1
+    carry: list[KeyValue] | None = None
+    parts = []
+    for start, end in _chunks(len(ids), row_bytes):
+        chunk = ids[start:end].to(device)[None]
+        carried = 0 if carry is None else carry[0][0].shape[1]
+        first = start % STREAM_BYTES + (kept if start >= STREAM_BYTES else 0)
+        positions = torch.arange(first, first + end - start, device=device)[None]
+        shared = context(model.config.transformer, torch.zeros_like(chunk), positions, carried)
+        logits, pairs = model.step(chunk, shared, carry)
+        carry = [(k[:, max(0, k.shape[1] - kept) :], v[:, max(0, v.shape[1] - kept) :]) for k, v in pairs]
+        parts.append(next_byte_entropy(logits)[0].cpu())
+    return torch.cat(parts)
+
+
+def _chunks(length: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Chunk borders: at most row_bytes long, never across a multiple of STREAM_BYTES."""
+    start = 0
+    while start < length:
+        end = min(start + row_bytes, length, (start // STREAM_BYTES + 1) * STREAM_BYTES)
+        yield start, end
+        start = end

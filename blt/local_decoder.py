@@ -1,0 +1,59 @@
+"""Local decoder: byte states and patch vectors in, next-byte logits out.
+
+In: byte states [B,T,D] of the encoder, patch vectors [B,P,G]. Out: logits [B,T,V]. Byte i reads the newest patch that
+is complete at byte i, that is the patch of byte i + 1 less one, so nothing of the future is seen.
+Shapes: B rows, T bytes, P patches, k slots of a patch, D local width, G latent width, V vocabulary. Source: SPEC 8.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from blt.cross_attention import CrossAttention
+from blt.layers import Block, Context, RMSNorm, TransformerConfig, init_blocks, init_linear
+from blt.local_encoder import CrossAttentionConfig
+from blt.patch_layout import PatchLayout
+from blt.segments import gather_rows
+from blt.vocabulary import VOCABULARY_SIZE
+
+
+class LocalDecoder(nn.Module):
+    """Cross-attention to the patch, windowed block, layer by layer; then RMSNorm and an untied output."""
+
+    def __init__(self, shape: TransformerConfig, cross: CrossAttentionConfig, latent_width: int) -> None:
+        super().__init__()
+        self.shape, self.cross = shape, cross
+        self.slots = 1 if cross.decoder_layers == "none" else cross.slots
+        wide = self.slots * shape.width
+        self.projection = nn.Linear(latent_width, wide, bias=False) if latent_width != shape.width else None
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        num_cross = {"all": shape.layers, "first": min(1, shape.layers), "none": 0}[cross.decoder_layers]
+        self.cross_attention = nn.ModuleList(
+            CrossAttention(shape.width, cross.heads, shape.norm_eps) for _ in range(num_cross)
+        )
+        self.norm = RMSNorm(shape.width, shape.norm_eps)
+        self.output = nn.Linear(shape.width, VOCABULARY_SIZE, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Initial weights, SPEC section 9."""
+        if self.projection is not None:
+            init_linear(self.projection.weight)
+        init_blocks(self.blocks, self.shape)
+        init_blocks(self.cross_attention, self.shape)
+        nn.init.ones_(self.norm.weight)
+        init_linear(self.output.weight)
+
+    def forward(self, h_BTD: Tensor, patches_BPG: Tensor, layout: PatchLayout, shared: Context) -> Tensor:
+        """Logits [B,T,V] of the next byte, float32 or wider."""
+        patches = patches_BPG if self.projection is None else self.projection(patches_BPG)
+        slots_BPkD = patches.unflatten(-1, (self.slots, -1))
+        if self.cross.decoder_layers == "none":
+            h_BTD = h_BTD + gather_rows(patches.flatten(0, 1), layout.decoder_patch).view_as(h_BTD)
+        for layer, block in enumerate(self.blocks):
+            if layer < len(self.cross_attention):
+                attention = self.cross_attention[layer]
+                assert isinstance(attention, CrossAttention)
+                # The residual counts twice (2h + attention), as in released weights.
+                h_BTD = 2 * h_BTD + attention.bytes_read_patches(h_BTD, slots_BPkD, layout.decoder_patch)
+            h_BTD = block(h_BTD, shared)
+        logits: Tensor = self.output(self.norm(h_BTD))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
