@@ -1,5 +1,13 @@
 """Byte Latent Transformer: the model, its patching and its entropy model, in plain PyTorch."""
 
+from blt.checkpoint import (
+    LanguageModel,
+    fingerprint,
+    load,
+    load_entropy_model,
+    save_entropy_model,
+    save_language_model,
+)
 from blt.entropy_model import EntropyModel, EntropyModelConfig, document_entropies, next_byte_entropy
 from blt.errors import BltError, CheckpointError, ConfigError, DataError
 from blt.hash_embedding import hash_ids
@@ -15,9 +23,15 @@ __all__ = [
     "DataError",
     "EntropyModel",
     "EntropyModelConfig",
+    "LanguageModel",
     "PatchRule",
     "document_entropies",
+    "fingerprint",
     "hash_ids",
+    "load",
+    "load_entropy_model",
     "next_byte_entropy",
     "patch_lengths",
+    "save_entropy_model",
+    "save_language_model",
 ]

@@ -1,0 +1,130 @@
+"""Our parameters and another format's: the same numbers under other names, merged here and apart there.
+
+Ours are concatenations along the first dimension (query, key and value in one matrix, gate and up in one, all hash
+tables in one), so both directions are exact. A `Renaming` lists, for each of our parameters, the tensors it is made of
+and their rows; `adopt` and `split` apply it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blt.layers import TransformerConfig
+from blt.placement import AnyModel, Config, check_tensors, parameter_shapes, place
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One parameter of ours, and the other format's tensors with the rows each has in it (None = all)."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    rows: tuple[int, ...] | None = None
+
+
+Renaming = tuple[Merged, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockNames:
+    """What another format calls the parts of a transformer block and of a cross-attention, without `.weight`."""
+
+    query: str
+    key: str
+    value: str
+    out: str
+    attention: str
+    """Prefix of the four above inside a block; in a cross-attention they stand without one."""
+    gate: str
+    up: str
+    down: str
+    attention_norm: str
+    ffn_norm: str
+    cross_norm_q: str
+    cross_norm_kv: str
+
+
+def same(ours: str, theirs: str) -> Merged:
+    """A parameter that is one tensor in both."""
+    return Merged(ours, (theirs,))
+
+
+def blocks(ours: str, theirs: str, shape: TransformerConfig, names: BlockNames) -> Renaming:
+    """The blocks of a stack: `ours`.N and `theirs`.N."""
+    merged: list[Merged] = []
+    keys = shape.num_kv_heads * shape.head_width
+    for layer in range(shape.layers):
+        us, them = f"{ours}.{layer}", f"{theirs}.{layer}"
+        qkv = tuple(f"{them}.{names.attention}.{part}.weight" for part in (names.query, names.key, names.value))
+        merged += [
+            same(f"{us}.attention_norm.weight", f"{them}.{names.attention_norm}.weight"),
+            Merged(f"{us}.attention.wqkv.weight", qkv, (shape.width, keys, keys)),
+            same(f"{us}.attention.wo.weight", f"{them}.{names.attention}.{names.out}.weight"),
+            same(f"{us}.ffn_norm.weight", f"{them}.{names.ffn_norm}.weight"),
+            Merged(
+                f"{us}.feed_forward.w13.weight",
+                (f"{them}.{names.gate}.weight", f"{them}.{names.up}.weight"),
+                (shape.ffn_width, shape.ffn_width),
+            ),
+            same(f"{us}.feed_forward.w2.weight", f"{them}.{names.down}.weight"),
+        ]
+    return tuple(merged)
+
+
+def cross_attentions(ours: str, theirs: str, count: int, width: int, names: BlockNames) -> Renaming:
+    """The cross-attentions of one side: `ours`.N and `theirs`.N."""
+    merged: list[Merged] = []
+    for layer in range(count):
+        us, them = f"{ours}.{layer}", f"{theirs}.{layer}"
+        merged += [
+            same(f"{us}.norm_q.weight", f"{them}.{names.cross_norm_q}.weight"),
+            same(f"{us}.norm_kv.weight", f"{them}.{names.cross_norm_kv}.weight"),
+            same(f"{us}.wq.weight", f"{them}.{names.query}.weight"),
+            Merged(
+                f"{us}.wkv.weight", (f"{them}.{names.key}.weight", f"{them}.{names.value}.weight"), (width, width)
+            ),
+            same(f"{us}.wo.weight", f"{them}.{names.out}.weight"),
+        ]
+    return tuple(merged)
+
+
+def split(state: Mapping[str, Tensor], renaming: Renaming) -> dict[str, Tensor]:
+    """The other format's tensors of our state: contiguous copies of our values."""
+    tensors: dict[str, Tensor] = {}
+    for entry in renaming:
+        whole = state[entry.ours].detach()
+        parts = [whole] if entry.rows is None else torch.split(whole, list(entry.rows))
+        tensors.update({name: part.clone() for name, part in zip(entry.theirs, parts, strict=True)})
+    return tensors
+
+
+def adopt(
+    build: Callable[[Config], AnyModel],
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    renaming: Renaming,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> AnyModel:
+    """Our model with the other format's tensors, in `dtype`, or if None in the dtype that all of them have (float32 if
+    they differ).
+
+    ValueError, by the other format's names, if tensors are missing, unexpected, or of another shape.
+    """
+    shapes = parameter_shapes(build, config)
+    check_tensors(tensors, _their_shapes(renaming, shapes))
+    with torch.no_grad():
+        merged = {entry.ours: torch.cat([tensors[name] for name in entry.theirs]) for entry in renaming}
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    stored = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return place(build, config, merged, device, stored if dtype is None else dtype)
+
+
+def _their_shapes(renaming: Renaming, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...]]:
+    return {
+        name: (shapes[entry.ours][0] if entry.rows is None else entry.rows[i], *shapes[entry.ours][1:])
+        for entry in renaming
+        for i, name in enumerate(entry.theirs)
+    }

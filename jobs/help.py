@@ -1,0 +1,91 @@
+"""The texts of `blt --help` and `blt COMMAND --help`, at most 100 columns wide."""
+
+import inspect
+import shutil
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+from jobs.configuration import packaged_configs, read_config_file
+from jobs.settings import Setting, describe
+
+_OPTIONS = {
+    "--config FILE": "YAML file with settings, or the bare name of a packaged one",
+    "KEY=VALUE": "a setting by its dotted key, over those of the file; the value is YAML",
+    "--log-file FILE": "write the log, with details, to this file too",
+    "--verbose": "details in the log on standard error",
+    "--help": "this text",
+}
+
+
+def overview(commands: Mapping[str, str]) -> str:
+    """The text of `blt --help`: what there is to call."""
+    return "\n".join(
+        [
+            "usage: blt COMMAND [--config FILE] [KEY=VALUE ...]",
+            "",
+            "Trains Byte Latent Transformers with Ray, from raw text to held-out bits per byte.",
+            "",
+            "commands:",
+            *_columns(commands),
+            "",
+            "options of every command:",
+            *_columns(_OPTIONS),
+            "",
+            f"packaged configurations: {', '.join(packaged_configs()) or 'none'}",
+            "`blt COMMAND --help` lists the settings of a command. Standard output ends with one line of JSON.",
+        ]
+    )
+
+
+def command_help(name: str, module: ModuleType, file: Path | None) -> str:
+    """The text of `blt COMMAND --help`: what it does and every setting, with its default from `file` or the code."""
+    settings = describe(module.Config, None if file is None else read_config_file(file))
+    source = "" if file is None else f", with the defaults of {file}"
+    lines = [
+        f"usage: blt {name} [--config FILE] [KEY=VALUE ...]",
+        "",
+        *_paragraphs(inspect.getdoc(module) or ""),
+        "",
+        "options:",
+        *_columns(_OPTIONS),
+        "",
+        f"settings{source}:",
+    ]
+    depth = 0
+    # What must be given stands first: keys without a default that are in no section.
+    for setting in sorted(settings, key=lambda s: s.default != "required" or "." in s.key or s.type == "section"):
+        before, depth = depth, setting.key.count(".")
+        lines += [""] if depth < before and setting.type != "section" else []
+        lines += _setting(setting)
+    return "\n".join(lines)
+
+
+def _setting(setting: Setting) -> list[str]:
+    depth = "  " * (1 + setting.key.count("."))
+    if setting.type == "section":
+        head = f"{setting.key}.*" + (f" = {setting.default}" if setting.default else "")
+        return ["", *_wrapped(head, depth), *_wrapped(setting.doc, depth + "    ")]
+    value = "(required)" if setting.default == "required" else f"= {setting.default}"
+    return [*_wrapped(f"{setting.key} {value}  [{setting.type}]", depth), *_wrapped(setting.doc, depth + "    ")]
+
+
+def _columns(rows: Mapping[str, str]) -> list[str]:
+    width = max(map(len, rows)) + 4
+    return [f"  {name:<{width}}{text}" for name, text in rows.items()]
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Filled paragraphs; one that is indented is left as it is."""
+    lines: list[str] = []
+    for paragraph in text.split("\n\n"):
+        lines += ["", *(paragraph.splitlines() if paragraph.startswith(" ") else _wrapped(paragraph, ""))]
+    return lines[1:]
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    width = min(100, shutil.get_terminal_size((100, 24)).columns)
+    return textwrap.wrap(
+        text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )

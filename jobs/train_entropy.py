@@ -1,0 +1,37 @@
+"""Train the entropy model: a small byte transformer on a document dataset, with Ray Train.
+
+Writes OUTPUT/model (which calibrate and patch read), metrics.jsonl, tensorboard/ and checkpoints/.
+"""
+
+from dataclasses import dataclass
+
+from blt.entropy_model import EntropyModelConfig
+from jobs.ray_session import ray_session
+from jobs.record import JobResult, run_once
+from jobs.train import NOT_IN_OUTPUT, follow
+from pipelines.manifest import read_manifest
+from pipelines.train.config import TrainConfig
+from pipelines.train.trainer import resolve_job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainConfig):
+    """Keys of `blt train-entropy`."""
+
+    documents: str
+    """Document dataset (the output of `blt shard`)."""
+    model: EntropyModelConfig
+    """Shape of the entropy model."""
+    output: str
+    """Directory of the run."""
+
+
+def run(config: Config) -> JobResult:
+    """Train into `config.output` unless that is done."""
+    manifest = read_manifest(config.documents)
+
+    def work() -> JobResult:
+        with ray_session():
+            return follow(resolve_job(config, config.model, config.documents, config.output))
+
+    return run_once(config.output, config, f"documents={manifest.fingerprint}", work, ignore=NOT_IN_OUTPUT)

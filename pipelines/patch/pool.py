@@ -1,0 +1,148 @@
+"""The actor pool: one adapter from a stage's declared resources to Ray Data, shared by patch and calibrate.
+
+In: work units (small dicts) and an actor class. Out: the small dict that each unit returns, in the order of completion.
+The units travel through Ray Data, the data does not: actors read their shard from storage and write it there.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy
+from ray.data.exceptions import ExecutionTimeoutError
+
+from blt.errors import BltError, ConfigError
+
+_MAX_DEATHS_PER_ACTOR = 8
+"""Deaths of one actor, and retries of one unit, that are made good before the job fails: a unit that kills its process
+every time must end the job (an unlimited budget and a dead pool hang for ever, ray-project/ray#62746)."""
+
+Unit = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorPoolConfig:
+    """Actors that run the entropy model, and what each of them takes."""
+
+    min_actors: int = 1
+    """Fewest actors; the pool starts with as many as fit, up to max_actors."""
+    max_actors: int | None = None
+    """Most actors; null: as many as the cluster's CPUs (or GPUs) hold when the job starts."""
+    cpus_per_actor: int = 1
+    """CPUs of one actor, which are also its torch threads."""
+    gpus_per_actor: float = 0.0
+    """GPUs of one actor; a fraction lets several share one; more than 0 with device cuda."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the entropy model runs; part of the dataset's identity, since entropies differ in their last digits."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the entropy model's weights; part of the dataset's identity."""
+    row_bytes: int = 8192
+    """Bytes of one row of inference: short documents share a row, long ones stream through."""
+    wait_for_resources: bool = False
+    """true on an autoscaling cluster: wait for nodes instead of refusing what the cluster cannot hold now."""
+    stall_seconds: float = 7200.0
+    """Fail when no unit of work finishes for this long."""
+
+    def __post_init__(self) -> None:
+        if self.min_actors < 1 or (self.max_actors is not None and self.max_actors < self.min_actors):
+            raise ConfigError(
+                f"min_actors and max_actors must satisfy 1 <= min_actors <= max_actors, "
+                f"got {self.min_actors} and {self.max_actors}"
+            )
+        for name, least in (("cpus_per_actor", 1), ("row_bytes", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.stall_seconds <= 0:
+            raise ConfigError(f"stall_seconds must be above 0, got {self.stall_seconds}")
+        if (self.device == "cuda") != (self.gpus_per_actor > 0):
+            raise ConfigError(
+                f"device {self.device} does not fit gpus_per_actor {self.gpus_per_actor:g}: "
+                "cuda needs more than 0, cpu needs 0"
+            )
+        for name, choices in (("device", ("cpu", "cuda")), ("dtype", ("float32", "bfloat16"))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+
+def run_units(
+    units: Sequence[Unit], actor: type, arguments: Mapping[str, Any], config: ActorPoolConfig
+) -> Iterator[dict[str, Any]]:
+    """Yield what `actor(**arguments)` returns for each unit, as it completes; a dead actor's units run again.
+
+    `actor.__call__` takes and returns a one-row batch (dict of arrays or lists), at least once per unit. An error it
+    raises ends the stream with that error. Ray must be initialised.
+    """
+    if not units:
+        return
+    num_actors = _pool_size(len(units), config)
+    with warnings.catch_warnings():
+        # Ray 2.60 calls max_restarts and max_task_retries deprecated and has no other name for them yet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        dataset = ray.data.from_items([dict(unit) for unit in units], override_num_blocks=len(units)).map_batches(
+            actor,
+            batch_size=1,
+            fn_constructor_kwargs=dict(arguments),
+            compute=ActorPoolStrategy(
+                min_size=min(config.min_actors, num_actors),
+                max_size=num_actors,
+                initial_size=num_actors,
+                max_tasks_in_flight_per_actor=1,  # a queued unit would wait behind one actor while another is idle
+            ),
+            num_cpus=config.cpus_per_actor,
+            num_gpus=config.gpus_per_actor,
+            max_restarts=_MAX_DEATHS_PER_ACTOR,
+            max_task_retries=_MAX_DEATHS_PER_ACTOR,
+        )
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
+    dataset.context.max_errored_blocks = 0
+    dataset.context.raise_original_map_exception = True
+    dataset.context.execution_no_progress_timeout_s = config.stall_seconds
+    with _quiet_console():
+        try:
+            yield from dataset.iter_rows()
+        except ray.exceptions.RayActorError as error:
+            raise BltError(
+                f"an actor of {actor.__name__} died, with no more of its {_MAX_DEATHS_PER_ACTOR} restarts left "
+                f"(out of memory?): {' '.join(str(error).split())[:300]}"
+            ) from error
+        except ExecutionTimeoutError as error:
+            raise BltError(f"no unit of work finished for stall_seconds={config.stall_seconds:g}") from error
+
+
+def _pool_size(num_units: int, config: ActorPoolConfig) -> int:
+    """Actors to start: no more than there are units, and than the cluster holds unless it may grow."""
+    resources = ray.cluster_resources()
+    fits = int(resources.get("CPU", 0) // config.cpus_per_actor)
+    if config.gpus_per_actor:
+        fits = min(fits, int(resources.get("GPU", 0) / config.gpus_per_actor))
+    if fits < config.min_actors and not config.wait_for_resources:
+        raise ConfigError(
+            f"the cluster holds {fits} actors of cpus_per_actor={config.cpus_per_actor} "
+            f"gpus_per_actor={config.gpus_per_actor:g} (it has {resources.get('CPU', 0):g} CPUs and "
+            f"{resources.get('GPU', 0):g} GPUs), min_actors={config.min_actors} are asked for; "
+            "ask for less, or set wait_for_resources=true on an autoscaling cluster"
+        )
+    most = config.max_actors or max(fits, config.min_actors)
+    if not config.wait_for_resources:
+        most = min(most, fits)
+    return max(1, min(most, num_units))
+
+
+@contextmanager
+def _quiet_console() -> Iterator[None]:
+    """Ray Data prints its plan, and the traceback of each error: inside this block they go to its log file alone."""
+    consoles = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
+    levels = [console.level for console in consoles]
+    for console in consoles:
+        console.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for console, level in zip(consoles, levels, strict=True):
+            console.setLevel(level)

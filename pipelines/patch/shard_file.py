@@ -1,0 +1,93 @@
+"""One shard in and out: row groups of a document shard, the same rows with patch starts as a Parquet file in memory.
+
+A row group at a time: memory is bounded by the row group and the encoded shard, whatever the corpus holds.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from blt.errors import DataError
+from pipelines.schema import DOCUMENT_SCHEMA, PATCH_SCHEMA, pack_starts, row_group_slices
+from pipelines.storage import Storage
+
+Starts = npt.NDArray[np.bool_]
+"""Bool [n_bytes + 1] of one document."""
+
+
+def open_shard(storage: Storage, path: str, file: BinaryIO, schema: pa.Schema = DOCUMENT_SCHEMA) -> pq.ParquetFile:
+    """The Parquet file behind `file`, page checksums verified; DataError if it is none or has other columns."""
+    try:
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"cannot read shard {storage.url(path)}: {_one_line(error)}") from error
+    if not parquet.schema_arrow.equals(schema):
+        names = ", ".join(f"{field.name} {field.type}" for field in parquet.schema_arrow)
+        raise DataError(f"shard {storage.url(path)} has columns {names}; expected {', '.join(schema.names)}")
+    return parquet
+
+
+def read_row_group(
+    storage: Storage, path: str, parquet: pq.ParquetFile, index: int, columns: Sequence[str] | None = None
+) -> pa.Table:
+    """One row group of the shard `path`, all columns or some; DataError, naming both, if it cannot be read."""
+    try:
+        return parquet.read_row_group(index, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"shard {storage.url(path)}, row group {index}: cannot be read: {_one_line(error)}") from error
+
+
+def read_row_groups(storage: Storage, path: str, row_group_bytes: int) -> Iterator[pa.Table]:
+    """Tables of a document shard, at most `row_group_bytes` of text each unless one document is longer.
+
+    DataError, naming the file, for a missing or broken shard or a text that is not n_bytes long.
+    """
+    try:
+        file = storage.open(path)
+    except FileNotFoundError as error:
+        raise DataError(f"shard {storage.url(path)} is in the manifest but does not exist") from error
+    with file:
+        parquet = open_shard(storage, path, file)
+        for index in range(parquet.num_row_groups):
+            table = read_row_group(storage, path, parquet, index)
+            if not pc.binary_length(table["text"]).cast(pa.int64()).equals(table["n_bytes"]):
+                raise DataError(f"shard {storage.url(path)}, row group {index}: n_bytes is not the length of text")
+            for rows in row_group_slices(table["n_bytes"].to_pylist(), row_group_bytes):
+                yield table.slice(rows.start, rows.stop - rows.start)
+
+
+def patched_table(table: pa.Table, starts: Sequence[Starts]) -> pa.Table:
+    """The document rows of `table` with the columns patch_starts and n_patches."""
+    packed = pa.array([pack_starts(bits) for bits in starts], type=pa.binary())
+    num_patches = pa.array([int(bits[:-1].sum()) for bits in starts], type=pa.int32())
+    columns = [*(table[name] for name in DOCUMENT_SCHEMA.names), packed, num_patches]
+    return pa.Table.from_arrays(columns, schema=PATCH_SCHEMA)
+
+
+class ContentHash:
+    """Sha256 over the values of rows, whatever row groups, compression or library version they are stored with."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+
+    def update(self, table: pa.Table) -> None:
+        """Add the rows of a patch table: per row, length and value of doc_id, source, text and patch_starts."""
+        for row in zip(*(table[name] for name in ("doc_id", "source", "text", "patch_starts")), strict=True):
+            for value in row:
+                data = value.as_buffer()
+                self._sha256.update(data.size.to_bytes(8, "little"))
+                self._sha256.update(data)
+
+    @property
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

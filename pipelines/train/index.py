@@ -1,0 +1,90 @@
+"""The index of a split: how many sequences each row group is cut into, for one (S, T). Made once, kept in the dataset.
+
+In: a dataset's manifest and its n_bytes and patch_starts columns. Out: `Index`. Shards are read in parallel by Ray.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import ray
+
+from blt.errors import DataError
+from pipelines.manifest import Split, read_manifest
+from pipelines.storage import Storage
+from pipelines.train.packing import cut_sequences
+from pipelines.train.row_group import num_row_groups, read_row_group
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexedRowGroup:
+    """A row group and the number of sequences it is cut into."""
+
+    path: str
+    row_group: int
+    sequences: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Index:
+    """All row groups of a split, in stored order."""
+
+    dataset: str
+    """Fingerprint of the manifest that the index was made from."""
+    split: Split
+    sequence_patches: int | None
+    sequence_bytes: int
+    row_groups: tuple[IndexedRowGroup, ...]
+
+    @property
+    def sequences(self) -> int:
+        return sum(group.sequences for group in self.row_groups)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+
+
+def build_index(
+    root: str,
+    split: Split,
+    sequence_patches: int | None,
+    sequence_bytes: int,
+    on_shard: Callable[[int], None] = lambda done: None,
+) -> Index:
+    """The index of a split, read from the dataset if it was made before. DataError if the split holds nothing."""
+    manifest, storage = read_manifest(root), Storage(root)
+    path = f"_index/{split}-{sequence_patches}-{sequence_bytes}.json"
+    if storage.exists(path):
+        found = msgspec.json.decode(storage.read_bytes(path), type=Index)
+        if found.dataset == manifest.fingerprint:
+            return found
+    read = ray.remote(num_cpus=1)(index_shard)
+    pending = [read.remote(root, shard.path, sequence_patches, sequence_bytes) for shard in manifest.split(split)]
+    row_groups: list[IndexedRowGroup] = []
+    for result in pending:
+        row_groups.extend(ray.get(result))
+        on_shard(1)
+    if not sum(group.sequences for group in row_groups):
+        raise DataError(f"{root}: the {split} split holds no documents")
+    index = Index(
+        dataset=manifest.fingerprint,
+        split=split,
+        sequence_patches=sequence_patches,
+        sequence_bytes=sequence_bytes,
+        row_groups=tuple(row_groups),
+    )
+    storage.write_replace(path, msgspec.json.encode(index))
+    return index
+
+
+def index_shard(root: str, path: str, sequence_patches: int | None, sequence_bytes: int) -> list[IndexedRowGroup]:
+    """The index of one shard."""
+    storage, found = Storage(root), []
+    for number in range(num_row_groups(storage, path)):
+        group = read_row_group(storage, path, number, with_text=False)
+        cuts = cut_sequences(group, sequence_patches, sequence_bytes)
+        found.append(IndexedRowGroup(path=path, row_group=number, sequences=int(np.size(cuts)) - 1))
+    return found

@@ -1,0 +1,59 @@
+"""A row group of a shard, read and decoded: Parquet in, `RowGroup` out. Vectorised over all its documents.
+
+Works on document shards (every byte a patch) and on patch shards (starts from the bitmap).
+"""
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from blt.errors import DataError
+from pipelines.storage import Storage
+from pipelines.train.packing import Integers, RowGroup, join_documents
+
+
+def num_row_groups(storage: Storage, path: str) -> int:
+    with storage.open(path) as file:
+        return int(pq.ParquetFile(file).num_row_groups)
+
+
+def read_row_group(storage: Storage, path: str, number: int, with_text: bool = True) -> RowGroup:
+    """Row group `number` of the shard at `path`; without text its bytes read as zeros (an index needs no more).
+
+    DataError, naming the file, if it cannot be read or its columns do not agree.
+    """
+    try:
+        with storage.open(path) as file:
+            parquet = pq.ParquetFile(file)
+            columns = {"n_bytes", "patch_starts"} & set(parquet.schema_arrow.names) | ({"text"} if with_text else set())
+            table = parquet.read_row_group(number, columns=sorted(columns)).combine_chunks()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"cannot read row group {number} of {storage.url(path)}: {error}") from error
+    lengths = table["n_bytes"].to_numpy().astype(np.int64)
+    text = _joined(table["text"]) if with_text else np.zeros(int(lengths.sum()), np.uint8)
+    starts = _starts(_joined(table["patch_starts"]), lengths) if "patch_starts" in table.column_names else None
+    if len(text) != lengths.sum() or (starts is not None and len(starts) != (lengths + 1).sum()):
+        raise DataError(f"row group {number} of {storage.url(path)}: n_bytes does not agree with its columns")
+    return join_documents(text, lengths, starts)
+
+
+def _joined(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
+    """All bytes of a binary column, end to end, without a copy where it is one chunk."""
+    parts = []
+    for chunk in column.chunks:
+        wide = chunk.cast(pa.large_binary())
+        _, offsets, data = wide.buffers()
+        borders = np.frombuffer(offsets, np.int64)[wide.offset : wide.offset + len(wide) + 1]
+        if data is not None:
+            parts.append(np.frombuffer(data, np.uint8)[borders[0] : borders[-1]])
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
+
+
+def _starts(packed: npt.NDArray[np.uint8], lengths: Integers) -> npt.NDArray[np.bool_]:
+    """The n + 1 bits of every document, end to end; each document's bits fill whole bytes in `packed`."""
+    bits = np.unpackbits(packed, bitorder="little")
+    stored = (lengths + 8) // 8 * 8
+    first = np.cumsum(stored) - stored
+    place = np.arange(int(stored.sum())) - np.repeat(first, stored)
+    return bits[: len(place)][place < np.repeat(lengths + 1, stored)].view(np.bool_)

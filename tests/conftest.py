@@ -1,0 +1,35 @@
+"""Test session setup: environment variables that Ray and Torch read at import, threads, hypothesis settings.
+
+Markers are declared in pyproject.toml. Fixtures that only one part of the tree needs live in that part's conftest.py.
+"""
+
+import os
+from collections.abc import Iterator
+
+# Before any test imports ray: it reads these once. Local sessions listen on loopback alone, so they need no token.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # report() waits for this poll: 2 s by default
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Parity tests build transformers models from configurations, never from a hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+# A first example pays for imports and kernels, so wall time says nothing; the same examples on every machine.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """An embedded Ray of 4 CPUs, shared by all tests marked `ray` of a session."""
+    from jobs.ray_session import ray_session
+
+    with ray_session(num_cpus=4):
+        yield

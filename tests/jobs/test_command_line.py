@@ -1,0 +1,140 @@
+"""The command line: last line, exit status and the one line of an error."""
+
+import errno
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+import pytest
+from ray.exceptions import RayTaskError
+from ray.train import WorkerGroupError
+
+from blt.errors import CheckpointError, ConfigError, DataError
+from jobs import command_line
+from jobs.command_line import COMMANDS, Command, main
+from jobs.record import JobResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    text: str = "hello"
+    """What to say."""
+
+
+def wrapped(error: Exception) -> Exception:
+    task: Exception = RayTaskError("work", "Traceback\n  many lines", error, ip="127.0.0.1").as_instanceof_cause()
+    return WorkerGroupError("Rank 1 error:\nTraceback", {1: task})
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the command `say` do what a test gives, through a module as the real ones."""
+
+    def make(run: Callable[[Config], JobResult]) -> None:
+        module = ModuleType("say", doc="Say something.")
+        vars(module).update(Config=Config, run=run)
+        monkeypatch.setitem(COMMANDS, "say", Command("say", "say something"))
+        monkeypatch.setattr(command_line.importlib, "import_module", lambda name: module)
+
+    return make
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, object], str]:
+    captured = capsys.readouterr()
+    return json.loads(captured.out.splitlines()[-1]), captured.err
+
+
+def test_result_is_the_last_line(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    def run(config: Config) -> JobResult:
+        sys.stdout.write("working\n")
+        return JobResult(seconds=1.0, figures={"text": config.text})
+
+    command(run)
+    assert main(["say", "text=good day"]) == 0
+    assert last_line(capsys)[0] == {"status": "done", "seconds": 1.0, "text": "good day"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ConfigError("key x"), 2, "key x"),
+        (DataError("corpus.jsonl is empty"), 1, "corpus.jsonl is empty"),
+        (wrapped(CheckpointError("model.safetensors is broken")), 1, "model.safetensors is broken"),
+        (wrapped(ConfigError("key x")), 2, "key x"),
+        (OSError(errno.ENOSPC, "No space left on device", "/data/part"), 1, "/data/part: No space left on device"),
+        (wrapped(PermissionError(errno.EACCES, "Permission denied", "/root")), 1, "/root: Permission denied"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (SystemExit(0), 130, "interrupted"),
+        (SystemExit(128 + signal.SIGTERM), 143, "terminated"),
+    ],
+)
+def test_error_is_one_line(
+    error: BaseException, status: int, message: str, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(config: Config) -> NoReturn:
+        raise error
+
+    command(run)
+    assert main(["say"]) == status
+    result, log = last_line(capsys)
+    assert result == {"status": "failed", "error": message}
+    assert log == f"blt say: error: {message}\n"
+
+
+def test_bug_shows_its_traceback(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    def run(config: Config) -> NoReturn:
+        raise ZeroDivisionError("by zero")
+
+    command(run)
+    assert main(["say"]) == 1
+    result, log = last_line(capsys)
+    assert result["error"] == "ZeroDivisionError: by zero"
+    assert "Traceback (most recent call last)" in log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], '"trian" is not a command; did you mean "train"?'),
+        (["say", "txt=x"], 'command line: key "txt" is not known; did you mean "text"? (accepted: text)'),
+        (["say", "--config", "nope.yaml"], 'configuration file "nope.yaml" does not exist'),
+        (["say", "--steps"], "command line: unrecognized arguments: --steps (see blt say --help)"),
+        (["say", "--log-file", "/dev/null/log"], "--log-file /dev/null/log: cannot be written"),
+    ],
+)
+def test_bad_usage_exits_2(
+    arguments: list[str], message: str, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(lambda config: JobResult())
+    assert main(arguments) == 2
+    result, log = last_line(capsys)
+    assert str(result["error"]).startswith(message)
+    assert log.count("\n") == 1
+
+
+def test_options_and_settings_mix(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file, log = tmp_path / "say.yaml", tmp_path / "logs/say.log"
+    file.write_text("text: from the file")
+    command(lambda config: JobResult(figures={"text": config.text}))
+    assert main(["say", "text=mine", "--config", str(file), "--log-file", str(log), "--verbose"]) == 0
+    assert last_line(capsys)[0]["text"] == "mine"
+    assert log.exists()
+
+
+def test_help_lists_commands_and_settings(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    command(lambda config: JobResult())
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    assert all(name in overview and command.summary in overview for name, command in COMMANDS.items())
+    assert main(["say", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Say something." in text
+    assert "  text = hello  [text]\n      What to say." in text
+    assert max(map(len, (overview + text).splitlines())) <= 100

@@ -1,0 +1,99 @@
+"""The embedded Ray: it answers, on loopback only, and nothing of it is left, however the block is left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+# Ray is started in a process of its own, for it reads much of the environment once, when it is first imported.
+PROGRAM = """
+import json, os, sys, time
+import ray
+from jobs.ray_session import ray_session
+import psutil
+
+with ray_session(num_cpus=2):
+    with ray_session():
+        pid, address = ray.get(ray.remote(lambda: (os.getpid(), ray.util.get_node_ip_address())).remote())
+    own = psutil.Process().children(recursive=True)
+    listening = {c.laddr.ip for p in own for c in p.net_connections() if c.status == "LISTEN"}
+    directory = ray._private.worker.global_worker.node.get_temp_dir_path()
+    print(json.dumps([[p.pid for p in own], pid, address, sorted(listening), directory]), flush=True)
+    if sys.argv[1] == "error":
+        raise RuntimeError("the work failed")
+    if sys.argv[1] == "wait":
+        time.sleep(60)
+print("ended", ray.is_initialized(), [name for name in os.environ if name == "RAY_AUTH_MODE"])
+"""
+
+
+def start(mode: str, directory: Path) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, mode],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=directory,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    ("mode", "number", "status"),
+    [
+        ("end", None, 0),
+        ("wait", signal.SIGINT, -signal.SIGINT),
+        pytest.param("error", None, 1, marks=pytest.mark.slow),
+        pytest.param("wait", signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_is_left_of_an_embedded_ray(
+    mode: str, number: signal.Signals | None, status: int, tmp_path: Path
+) -> None:
+    process = start(mode, tmp_path)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, process.communicate()[1]
+    pids, worker, address, listening, directory = json.loads(line)
+    if number is not None:
+        os.killpg(process.pid, number)  # as a terminal does: to Ray's processes too
+        time.sleep(0.2)
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+    out, log = process.communicate(timeout=60)
+    assert process.returncode == status, log
+    assert worker in pids
+    assert address == "127.0.0.1"
+    assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+    assert [pid for pid in pids if is_running(pid)] == []
+    assert not Path(directory).exists()
+    if mode == "end":
+        assert out == "ended False []\n"
+
+
+def test_unreachable_cluster_is_named(tmp_path: Path) -> None:
+    program = "from jobs.ray_session import ray_session\nwith ray_session(): pass"
+    environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
+    )
+    assert 'ConfigError: RAY_ADDRESS "127.0.0.1:1": no Ray answers there' in run.stderr

@@ -1,0 +1,234 @@
+"""The patch dataset on a local Ray: complete, exact, done once, and refused where it does not fit."""
+
+import dataclasses
+import hashlib
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from blt.checkpoint import fingerprint
+from blt.entropy_model import EntropyModel, document_entropies
+from blt.errors import CheckpointError, ConfigError, DataError
+from blt.patching import PatchRule, patch_lengths
+from blt.vocabulary import BOS, encode
+from pipelines.manifest import read_manifest
+from pipelines.patch import PatchConfig, patch_dataset
+from pipelines.patch.calibration import Calibration, write_calibration
+from pipelines.schema import unpack_starts
+from tests.pipelines.patch.corpus import EDGE_DOCUMENTS, prose, write_documents
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
+
+RULE = PatchRule(threshold=4.0, max_patch_length=64)
+CONFIG = PatchConfig(rule=RULE, max_actors=2, row_bytes=512, row_group_bytes=2000)
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Four training shards and one of validation: edge cases, prose, one empty shard."""
+    shards = {
+        "train/shard-00000.parquet": EDGE_DOCUMENTS,
+        "train/shard-00001.parquet": [prose(1, 3000), prose(2, 200), *EDGE_DOCUMENTS[:4]],
+        "train/shard-00002.parquet": [prose(seed, 300) for seed in range(10)],
+        "train/shard-00003.parquet": [],
+        "valid/shard-00000.parquet": [prose(99, 2500), b""],
+    }
+    return write_documents(tmp_path_factory.mktemp("patch") / "documents", shards)
+
+
+@pytest.fixture(scope="module")
+def patched(documents: str, entropy_model_directory: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete dataset that no test changes."""
+    output = tmp_path_factory.mktemp("patched") / "patches"
+    patch_dataset(CONFIG, documents, entropy_model_directory, str(output))
+    return output
+
+
+def _data_files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*.parquet"))}
+
+
+def _rows(root: Path) -> Iterator[dict[str, object]]:
+    for path in sorted(root.rglob("*.parquet")):
+        yield from pq.read_table(path).to_pylist()
+
+
+def test_every_document_has_its_patches(patched: Path, documents: str, entropy_model: EntropyModel) -> None:
+    texts = [row["text"] for row in _rows(Path(documents))]
+    rows = list(_rows(patched))
+    assert [row["text"] for row in rows] == texts
+    entropies = document_entropies(entropy_model, texts)
+    counts = set()
+    for row, text, values in zip(rows, texts, entropies, strict=True):
+        ids = torch.cat((torch.tensor([BOS]), encode(text)))
+        lengths = patch_lengths(ids, values, RULE, include_next=True)
+        starts = np.zeros(len(text) + 2, dtype=bool)
+        starts[np.cumsum(np.concatenate(([0], lengths.numpy())))[:-1]] = True
+        assert np.array_equal(unpack_starts(row["patch_starts"], len(text)), starts[1:]), text
+        assert row["n_patches"] == starts[1:-1].sum()
+        counts.add(row["n_patches"])
+    assert len(counts) > 5, "the rule should cut in many ways"
+
+
+def test_counts_reconcile(patched: Path, documents: str, entropy_model: EntropyModel) -> None:
+    source, manifest = read_manifest(documents), read_manifest(str(patched))
+    assert manifest.kind == "patches"
+    assert [(s.path, s.split, s.documents, s.bytes) for s in manifest.shards] == [
+        (s.path, s.split, s.documents, s.bytes) for s in source.shards
+    ]
+    assert manifest.counts == source.counts
+    assert manifest.patching is not None
+    assert manifest.patching.entropy_model == fingerprint(entropy_model)
+    assert manifest.patching.rule == RULE
+    for shard in manifest.shards:
+        data = (patched / shard.path).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == shard.sha256
+        assert pq.read_table(patched / shard.path)["n_patches"].to_numpy().sum() == shard.patches
+
+
+def test_footer_and_stats(patched: Path, documents: str) -> None:
+    footer = pq.ParquetFile(patched / "valid/shard-00000.parquet").metadata.metadata
+    plan = json.loads((patched / "_plan.json").read_text())
+    assert footer[b"plan"].decode() == plan["hash"]
+    assert footer[b"documents_fingerprint"].decode() == read_manifest(documents).fingerprint
+    assert json.loads(footer[b"rule"]) == dataclasses.asdict(RULE)
+    assert footer[b"source_shard"] == b"valid/shard-00000.parquet"
+    assert (footer[b"documents"], footer[b"bytes"]) == (b"2", b"2500")
+    assert set(footer) >= {b"schema_version", b"entropy_model", b"dtype", b"device", b"content_sha256", b"patches"}
+    stats = json.loads((patched / "stats.json").read_text())
+    manifest = read_manifest(str(patched))
+    assert stats["total"]["documents"] == manifest.documents
+    assert stats["total"]["bytes"] == manifest.bytes
+    assert stats["total"]["patches"] == sum(shard.patches or 0 for shard in manifest.shards)
+    assert stats["shards"]["train-00001"]["inferring_seconds"] > 0
+    assert set(stats["shards"]) == {"train-00000", "train-00001", "train-00002", "train-00003", "valid-00000"}
+    assert not list((patched / "_temporary").iterdir())
+
+
+def test_a_second_run_does_nothing(patched: Path, documents: str, entropy_model_directory: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in patched.rglob("*") if path.is_file()}
+    progress: list[int] = []
+    config = dataclasses.replace(CONFIG, max_actors=1)  # resources may change between runs
+    manifest = patch_dataset(config, documents, entropy_model_directory, str(patched), progress.append)
+    assert manifest == read_manifest(str(patched))
+    assert progress == [manifest.bytes]
+    assert {path: path.stat().st_mtime_ns for path in patched.rglob("*") if path.is_file()} == before
+
+
+def test_missing_shards_are_done_again_byte_for_byte(
+    patched: Path, documents: str, entropy_model_directory: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "patches"
+    patch_dataset(CONFIG, documents, entropy_model_directory, str(output))
+    assert _data_files(output) == _data_files(patched)
+    for lost in ("train/shard-00001.parquet", "_commits/train-00001.json", "_commits/train-00000.json"):
+        (output / lost).unlink()  # one shard lost, one whose worker was killed before its commit
+    (output / "valid/shard-00000.parquet").unlink()  # and one whose commit outlived its data
+    kept = (output / "train/shard-00000.parquet").stat().st_mtime_ns
+    progress: list[int] = []
+    manifest = patch_dataset(CONFIG, documents, entropy_model_directory, str(output), progress.append)
+    assert len(progress) == 4
+    assert sum(progress) == manifest.bytes
+    assert manifest == read_manifest(str(patched))
+    assert _data_files(output) == _data_files(patched)
+    assert (output / "train/shard-00000.parquet").stat().st_mtime_ns == kept
+    commits = {path.name: path.read_bytes() for path in (output / "_commits").iterdir()}
+    assert commits == {path.name: path.read_bytes() for path in (patched / "_commits").iterdir()}
+
+
+def test_killed_actors_leave_no_duplicate(
+    documents: str, entropy_model_directory: str, patched: Path, tmp_path: Path
+) -> None:
+    """kill -9 of every actor when the first shard is done: the pool starts new ones, each shard is there once."""
+    killed: list[int] = []
+    finished: list[int] = []
+
+    def on_progress(num_bytes: int) -> None:
+        finished.append(num_bytes)
+        if len(finished) == 2 and not killed:
+            killed.extend(_kill_actors())
+
+    config = dataclasses.replace(CONFIG, max_actors=1)
+    manifest = patch_dataset(config, documents, entropy_model_directory, str(tmp_path / "patches"), on_progress)
+    assert len(killed) == 1
+    assert len(finished) == 1 + len(manifest.shards)
+    assert sum(finished) == manifest.bytes
+    assert _data_files(tmp_path / "patches") == _data_files(patched)
+
+
+def _kill_actors() -> list[int]:
+    import psutil  # bundled with Ray, which has put it on the path by now
+
+    actors = [child for child in psutil.Process().children(recursive=True) if "PatchActor" in " ".join(child.cmdline())]
+    for actor in actors:
+        actor.send_signal(signal.SIGKILL)
+    return [actor.pid for actor in actors]
+
+
+def test_another_plan_is_refused_and_named(patched: Path, documents: str, entropy_model_directory: str) -> None:
+    before = _data_files(patched)
+    config = dataclasses.replace(CONFIG, rule=dataclasses.replace(RULE, threshold=3.0))
+    with pytest.raises(DataError, match=r"rule.threshold is 4.0 there, 3.0 here"):
+        patch_dataset(config, documents, entropy_model_directory, str(patched))
+    assert _data_files(patched) == before
+
+
+def test_a_calibration_supplies_the_threshold(
+    documents: str, entropy_model: EntropyModel, entropy_model_directory: str, patched: Path, tmp_path: Path
+) -> None:
+    calibration = Calibration(
+        threshold=RULE.threshold,
+        mean_patch_bytes=4.5,
+        target_mean_patch_bytes=4.5,
+        rule=RULE,
+        reset_on_newline=False,
+        entropy_model=fingerprint(entropy_model),
+        documents="x",
+        sample_documents=1,
+        sample_bytes=1,
+        seed=0,
+        dtype="float32",
+        device="cpu",
+        table=(),
+    )
+    write_calibration(str(tmp_path), calibration)
+    rule = dataclasses.replace(RULE, threshold=9.0)
+    config = dataclasses.replace(CONFIG, rule=rule, calibration=str(tmp_path / "calibration.json"))
+    manifest = patch_dataset(config, documents, entropy_model_directory, str(patched))
+    assert manifest == read_manifest(str(patched))
+    with pytest.raises(ConfigError, match="calibrate again"):
+        patch_dataset(
+            dataclasses.replace(config, reset_on_newline=True), documents, entropy_model_directory, str(patched)
+        )
+    write_calibration(str(tmp_path), dataclasses.replace(calibration, entropy_model="another"))
+    with pytest.raises(ConfigError, match="was made with entropy model another"):
+        patch_dataset(config, documents, entropy_model_directory, str(patched))
+
+
+def test_what_does_not_fit_is_named_and_leaves_no_manifest(
+    documents: str, entropy_model_directory: str, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "patches")
+    with pytest.raises(ConfigError, match="needs entropy_model"):
+        patch_dataset(CONFIG, documents, None, output)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        patch_dataset(CONFIG, documents, str(tmp_path / "nowhere"), output)
+    with pytest.raises(DataError, match="nothing"):
+        patch_dataset(CONFIG, str(tmp_path / "nothing"), entropy_model_directory, output)
+    with pytest.raises(ConfigError, match="cpus_per_actor=64"):
+        patch_dataset(dataclasses.replace(CONFIG, cpus_per_actor=64), documents, entropy_model_directory, output)
+    assert not Path(output, "manifest.json").exists()
+
+
+def test_an_error_in_an_actor_reaches_the_driver_as_it_is(tmp_path: Path) -> None:
+    root = write_documents(tmp_path / "documents", {"train/shard-00000.parquet": [b"one two", b"three"]})
+    Path(root, "train/shard-00000.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(DataError, match=r"shard-00000\.parquet"):
+        patch_dataset(PatchConfig(rule=PatchRule(kind="space")), root, None, str(tmp_path / "patches"))
+    assert not (tmp_path / "patches/manifest.json").exists()

@@ -1,0 +1,90 @@
+"""Which files a corpus consists of."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from blt.errors import DataError
+from pipelines.shard.files import find_files
+
+
+def _write(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+
+
+def test_directories_globs_and_files(tmp_path: Path) -> None:
+    _write(
+        tmp_path, "a.jsonl", "deep/b.txt", "deep/er/c.parquet", "d.JSONL.GZ", ".hidden.txt", "_commits/x.jsonl", "e.md"
+    )
+    names = lambda *inputs: [file.name for file in find_files([str(tmp_path / i) for i in inputs])]  # noqa: E731
+    assert names("") == ["a.jsonl", "d.JSONL.GZ", "deep/b.txt", "deep/er/c.parquet"]
+    assert names("*.jsonl") == ["a.jsonl"]
+    assert names("**/*.txt") == ["deep/b.txt"]
+    assert names("deep/*/*") == ["er/c.parquet"]
+    assert names("deep", "a.jsonl") == ["a.jsonl", "b.txt", "er/c.parquet"]
+    assert names("a.jsonl", "*.jsonl", "a.jsonl") == ["a.jsonl"]
+
+
+def test_a_file_named_by_itself_may_have_wildcards_in_its_name(tmp_path: Path) -> None:
+    _write(tmp_path, "a[1].txt", "a1.txt")
+    assert [f.name for f in find_files([str(tmp_path / "a[1].txt")])] == ["a[1].txt"]
+
+
+def test_files_of_one_name_get_their_directories(tmp_path: Path) -> None:
+    _write(tmp_path, "x/p/f.txt", "x/q/f.txt", "g.txt")
+    files = find_files([str(tmp_path / i) for i in ("x/p/f.txt", "x/q", "g.txt")])
+    assert [f.name for f in files] == ["g.txt", "p/f.txt", "q/f.txt"]
+
+
+def test_files_passed_over_are_counted_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _write(tmp_path, "a.txt", "b.md", "c.csv")
+    with caplog.at_level(logging.WARNING):
+        find_files([str(tmp_path)])
+    assert "files_of_other_kinds_passed_over=2" in caplog.text
+
+
+def test_sample_follows_both_ends_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    content = bytearray(os.urandom(300_000))
+
+    def sample() -> str:
+        file.write_bytes(content)
+        return find_files([str(file)])[0].sample
+
+    samples = {sample()}
+    for changed in (0, 65_535, 300_000 - 65_536, -1):
+        content[changed] ^= 1
+        samples.add(sample())
+    assert len(samples) == 5
+    content[150_000] ^= 1  # documented: the middle of a file that keeps its size is not looked at
+    assert sample() in samples
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("nothing.jsonl", "does not exist"),
+        ("*.jsonl", "holds no file"),
+        ("empty", "holds no file"),
+        ("table.csv", "must end in one of .jsonl"),
+        ("nosuchprotocol://x/y.jsonl", "cannot use input"),
+    ],
+)
+def test_an_input_that_yields_nothing_is_named(tmp_path: Path, entry: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    _write(tmp_path, "table.csv")
+    entry = entry if "://" in entry else str(tmp_path / entry)
+    with pytest.raises(DataError, match=message) as error:
+        find_files([entry])
+    assert entry in str(error.value)
+
+
+def test_a_name_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/\xff.txt", "wb"):
+        pass
+    with pytest.raises(DataError, match="rename it"):
+        find_files([str(tmp_path)])
