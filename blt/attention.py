@@ -70,7 +70,10 @@ def causal_spans(document_ids_BT: Tensor, window: int | None, carried: int = 0) 
     firsts = first_key_BT[:, edges].tolist()
     lasts = first_key_BT[:, [end - 1 for end in ends]].tolist()
     blocks = tuple(
-        tuple(Block(edge, end, firsts[row][i], lasts[row][i]) for i, (edge, end) in enumerate(zip(edges, ends, strict=True)))
+        tuple(
+            Block(edge, end, firsts[row][i], lasts[row][i])
+            for i, (edge, end) in enumerate(zip(edges, ends, strict=True))
+        )
         for row in range(batch)
     )
     return CausalSpans(first_key_BT, place - start_BT, carried, blocks)

@@ -220,13 +220,13 @@ def _write_model(model: BLT | EntropyModel, directory: Path, kind: Kind, keys: d
     """Weights, then config.json with `keys` besides format, kind and model."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    _replace(directory / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
+    replace_file(directory / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
     document = {"format": FORMAT, "kind": kind, "model": to_json(model.config), **keys}
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    _replace(directory / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(directory / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` make a temporary file beside `path`, then move it there in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

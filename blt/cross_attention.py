@@ -32,8 +32,8 @@ class CrossAttention(nn.Module):
         scores = self._scores(gather_rows(queries, patch_N), keys[:, None])
         weights = softmax_rows(scores, patch_N, queries.shape[0]).to(values.dtype)
         mixed = sum_rows(weights[..., None] * values[:, None], patch_N, queries.shape[0])
-        out: Tensor = self.wo(mixed.flatten(-2)).view_as(slots_BPkD)
-        return out
+        out: Tensor = self.wo(mixed.flatten(-2))
+        return out.view(slots_BPkD.shape)
 
     def bytes_read_patches(self, bytes_BTD: Tensor, slots_BPkD: Tensor, patch_N: Tensor) -> Tensor:
         """Each byte attends to the k slots of one patch: [B,T,D]."""
@@ -42,8 +42,8 @@ class CrossAttention(nn.Module):
         keys, values = (self._heads(part) for part in pairs.chunk(2, -1))
         weights = torch.softmax(self._scores(queries[:, None], keys), 1).to(values.dtype)
         mixed = (weights[..., None] * values).sum(1)
-        out: Tensor = self.wo(mixed.flatten(-2)).view_as(bytes_BTD)
-        return out
+        out: Tensor = self.wo(mixed.flatten(-2))
+        return out.view(bytes_BTD.shape)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))

@@ -79,6 +79,7 @@ class EntropyModel(nn.Module):
         x = self.byte_embedding(byte_ids_BT)
         keys_values = []
         for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             x, pair = block.step(x, shared, None if carry is None else carry[layer])
             keys_values.append(pair)
         logits: Tensor = self.output(self.norm(x))
@@ -88,7 +89,8 @@ class EntropyModel(nn.Module):
 def next_byte_entropy(logits: Tensor) -> Tensor:
     """-sum p ln p over the last dimension, in nats, float32 (SPEC section 3: all 260 ids count)."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.special.entr(torch.softmax(wide, -1)).sum(-1).float()
+    terms: Tensor = torch.special.entr(torch.softmax(wide, -1))
+    return terms.sum(-1).float()
 
 
 @torch.inference_mode()
@@ -112,7 +114,7 @@ def document_entropies(
 
 
 def _contexts(document: bytes, reset_on_newline: bool) -> Iterator[Tensor]:
-    """The runs of ids that a model reads as one context: BOS and the bytes, or one per line opening with its newline."""
+    """The runs of ids that are one context each: BOS and the bytes, or one per line, opening with its newline."""
     ids = torch.cat((torch.tensor([BOS]), encode(document)))
     if not reset_on_newline:
         yield ids

@@ -15,3 +15,7 @@ class DataError(BltError, ValueError):
 
 class CheckpointError(BltError, ValueError):
     """A checkpoint is missing, broken or made for something else; the message names the file."""
+
+
+class TrainingError(BltError):
+    """A training step failed in a way that a repetition does not mend; the message names the step."""

@@ -1,4 +1,4 @@
-"""The parts every transformer here is made of: RMSNorm, rotary positions, self-attention, SwiGLU, block, initialisation.
+"""The parts of every transformer here: RMSNorm, rotary positions, self-attention, SwiGLU, block, initialisation.
 
 In: x [B,T,D] and a `Context` (spans and rotary angles, made once per forward and shared by the layers). Out: [B,T,D].
 Source: SPEC sections 2 and 9. Projections that read the same input are merged: qkv in one matrix, gate and up in one.

@@ -87,7 +87,9 @@ class LocalEncoder(nn.Module):
         if self.slot_projection is not None:
             init_linear(self.slot_projection.weight)
 
-    def forward(self, byte_ids_BT: Tensor, layout: PatchLayout, shared: Context, isolate: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, byte_ids_BT: Tensor, layout: PatchLayout, shared: Context, isolate: bool
+    ) -> tuple[Tensor, Tensor]:
         """Byte states [B,T,D] and patch slots [B,P,k,D]. `isolate`: hash windows restart at each document."""
         h_BTD = self.byte_embedding(byte_ids_BT)
         if self.hash_embedding is not None:
@@ -103,7 +105,8 @@ class LocalEncoder(nn.Module):
 
     def _attend(self, attention: nn.Module, slots: Tensor | None, h_BTD: Tensor, layout: PatchLayout) -> Tensor:
         """One round of cross-attention; its residual counts twice (2q + attention), as in released weights."""
-        assert isinstance(attention, CrossAttention) and self.slot_projection is not None
+        assert isinstance(attention, CrossAttention)
+        assert self.slot_projection is not None
         if slots is None:
             slots = self.slot_projection(self._pool(h_BTD, layout)).unflatten(-1, (self.cross.slots, -1))
         return 2 * slots + attention.patches_read_bytes(slots, h_BTD, layout.encoder_patch)

@@ -40,11 +40,15 @@ class BLTConfig:
         if encoder.width != decoder.width:
             raise ConfigError(f"local_decoder.width {decoder.width} must equal local_encoder.width {encoder.width}")
         if encoder.width % cross.heads:
-            raise ConfigError(f"local_encoder.width {encoder.width} must be a multiple of cross_attention.heads {cross.heads}")
+            raise ConfigError(
+                f"local_encoder.width {encoder.width} must be a multiple of cross_attention.heads {cross.heads}"
+            )
         if self.latent.window is not None:
             raise ConfigError(f"latent.window must be null, got {self.latent.window}")
         if self.latent.width == decoder.width and cross.slots != 1:
-            raise ConfigError(f"cross_attention.slots must be 1 when latent.width equals the local width {decoder.width}")
+            raise ConfigError(
+                f"cross_attention.slots must be 1 when latent.width equals the local width {decoder.width}"
+            )
         if encoder.layers < 1 and cross.encoder_layers == "all":
             raise ConfigError("cross_attention.encoder_layers is all, but local_encoder.layers is 0")
 

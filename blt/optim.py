@@ -57,7 +57,7 @@ class OptimizerConfig:
 
 
 def lr_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Learning rate of update `step` (0-based) over the peak; the last update of `cosine` and `wsd` is near min_ratio."""
+    """Learning rate of update `step` (0-based) over the peak; that of the last update is min_ratio or near it."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":

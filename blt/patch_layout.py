@@ -79,7 +79,10 @@ def _check(byte_ids_BT: Tensor, patch_lengths_BP: Tensor, document_ids_BT: Tenso
     batch, length = byte_ids_BT.shape
     if patch_lengths_BP.dim() != 2 or patch_lengths_BP.dtype != torch.int64 or patch_lengths_BP.shape[0] != batch:
         raise ValueError(f"patch_lengths must be int64 [{batch},P], got {_told(patch_lengths_BP)}")
-    if document_ids_BT is not None and (document_ids_BT.dtype, document_ids_BT.shape) != (torch.int64, byte_ids_BT.shape):
+    if document_ids_BT is not None and (document_ids_BT.dtype, document_ids_BT.shape) != (
+        torch.int64,
+        byte_ids_BT.shape,
+    ):
         raise ValueError(f"document_ids must be int64 [{batch},{length}], got {_told(document_ids_BT)}")
     if patch_lengths_BP.shape[1] == 0 or bool((patch_lengths_BP[:, 0] != 1).any()):
         raise ValueError("patch_lengths: the first patch of every row must be one byte long")

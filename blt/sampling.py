@@ -50,7 +50,9 @@ def next_id(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) ->
     allowed_V[specials] = -torch.inf
     if sampling.temperature == 0:
         return int(allowed_V.argmax())
-    probability_V, id_V = torch.softmax((allowed_V - allowed_V.max()) / sampling.temperature, 0).sort(descending=True, stable=True)
+    # Differences first: dividing large logits by a small temperature would overflow.
+    scaled_V = (allowed_V - allowed_V.max()) / sampling.temperature
+    probability_V, id_V = torch.softmax(scaled_V, 0).sort(descending=True, stable=True)
     kept = min(sampling.top_k or VOCABULARY_SIZE, VOCABULARY_SIZE)
     below_V = probability_V[:kept].cumsum(0)
     if sampling.top_p is not None:

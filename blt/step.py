@@ -93,7 +93,7 @@ def train_step(
     device = gradients.device
     for batch in batches:
         nats, targets, num_bytes = tally_batch(model, batch.to(device), autocast)
-        nats.backward()  # type: ignore[no-untyped-call]
+        nats.backward()
         gradients.count(nats.detach(), targets, num_bytes)
     nats_sum, targets_sum, bytes_sum = gradients.sum_over_ranks()
     tally = Tally(nats=nats_sum, targets=round(targets_sum), bytes=round(bytes_sum))

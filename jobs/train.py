@@ -29,15 +29,21 @@ NOT_IN_OUTPUT = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig):
+class Settings(TrainConfig):
+    """A training run apart from its paths."""
+
+    model: BLTConfig
+    """Shape of the BLT."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
     """Keys of `blt train`."""
 
     data: str
     """Patch dataset (the output of `blt patch`)."""
     entropy_model: str | None = None
     """Directory of the entropy model that made the patches; it becomes part of the trained model."""
-    model: BLTConfig
-    """Shape of the BLT."""
     output: str
     """Directory of the run."""
 

@@ -15,13 +15,19 @@ from pipelines.train.trainer import resolve_job
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(TrainConfig):
+class Settings(TrainConfig):
+    """A training run apart from its paths."""
+
+    model: EntropyModelConfig
+    """Shape of the entropy model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
     """Keys of `blt train-entropy`."""
 
     documents: str
     """Document dataset (the output of `blt shard`)."""
-    model: EntropyModelConfig
-    """Shape of the entropy model."""
     output: str
     """Directory of the run."""
 

@@ -19,7 +19,7 @@ class Arguments:
         self._values = values
         self._known = set(ignored) | set(fixed)
         for name, accepted in fixed.items():
-            if not (self._get(name) is None or _among(values[name], accepted)):
+            if not (self.given(name) is None or _among(values[name], accepted)):
                 raise ValueError(f"argument {name} must be {_either(accepted)}, got {values[name]!r}")
 
     def finish(self, unused: Iterable[str] = ()) -> None:
@@ -42,13 +42,13 @@ class Arguments:
         return value
 
     def optional_integer(self, name: str) -> int | None:
-        value = self._get(name)
+        value = self.given(name)
         if value is None or (isinstance(value, int) and not isinstance(value, bool)):
             return value
         raise ValueError(f"argument {name} must be a whole number, got {value!r}")
 
     def optional_number(self, name: str) -> float | None:
-        value = self._get(name)
+        value = self.given(name)
         if value is None:
             return None
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -60,7 +60,7 @@ class Arguments:
         return default if value is None else value
 
     def flag(self, name: str, default: bool) -> bool:
-        value = self._get(name)
+        value = self.given(name)
         if value is None:
             return default
         if isinstance(value, bool):
@@ -68,7 +68,7 @@ class Arguments:
         raise ValueError(f"argument {name} must be true or false, got {value!r}")
 
     def integers(self, name: str) -> tuple[int, ...]:
-        value = self._get(name)
+        value = self.given(name)
         if value is None:
             return ()
         if isinstance(value, list | tuple) and all(isinstance(item, int) for item in value):
@@ -76,7 +76,7 @@ class Arguments:
         raise ValueError(f"argument {name} must be a list of whole numbers, got {value!r}")
 
     def one_of(self, name: str, accepted: tuple[Value, ...], default: Value) -> Value:
-        value = self._get(name)
+        value = self.given(name)
         if value is None:
             return default
         for choice in accepted:
@@ -84,7 +84,8 @@ class Arguments:
                 return choice
         raise ValueError(f"argument {name} must be {_either(accepted)}, got {value!r}")
 
-    def _get(self, name: str) -> object:
+    def given(self, name: str) -> object:
+        """The value as it is, None if absent."""
         self._known.add(name)
         return self._values.get(name)
 

@@ -8,19 +8,17 @@ known to change no number at inference, None or False; anything else is refused.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from blt.entropy_model import EntropyModel, EntropyModelConfig
-from blt.errors import ConfigError
 from blt.interop.arguments import Arguments
-from blt.interop.renaming import BlockNames, Merged, Renaming, adopt, blocks, cross_attentions, same, split
+from blt.interop.renaming import Names, adopt, blt_renaming, entropy_renaming, split
 from blt.layers import TransformerConfig
 from blt.local_encoder import CrossAttentionConfig, HashEmbeddingConfig
 from blt.model import BLT, BLTConfig
 from blt.vocabulary import BOS, EOS, VOCABULARY_SIZE
 
-NAMES = BlockNames(
+NAMES = Names(
     attention="attention",
     query="wq",
     key="wk",
@@ -33,17 +31,54 @@ NAMES = BlockNames(
     ffn_norm="ffn_norm",
     cross_norm_q="cross_attn_norm_q",
     cross_norm_kv="cross_attn_norm_kv",
+    byte_embedding="tok_embeddings",
+    model="",
+    output="local_decoder.output",
+    entropy_model="",
+    entropy_output="output",
+    one_hash_table=False,
 )
 
 IGNORED = frozenset(
-    """
-    alpha_depth attn_impl attn_to_keep cross_attn_use_flex_attention data_loader_patching entropy_model_checkpoint_dir
-    fixed_seq_len full_logging_n_layers init_base_std init_std_factor init_use_depth init_use_gaussian layer_ckpt
-    log_patch_lengths max_encoder_seq_length max_length max_patch_length max_seqlen max_batch_size monotonicity
-    pad_to_max_length patch_in_forward patch_size patching_batch_size patching_device patching_mode patching_threshold
-    patching_threshold_add patching_thresholds_str realtime_patching recompute_attn recompute_fc1_out recompute_fc3_out
-    rope_use_fp32_in_outer_product seed share_encoder_decoder_emb use_fsdp
-    """.split()
+    [
+        "alpha_depth",
+        "attn_impl",
+        "attn_to_keep",
+        "cross_attn_use_flex_attention",
+        "data_loader_patching",
+        "entropy_model_checkpoint_dir",
+        "fixed_seq_len",
+        "full_logging_n_layers",
+        "init_base_std",
+        "init_std_factor",
+        "init_use_depth",
+        "init_use_gaussian",
+        "layer_ckpt",
+        "log_patch_lengths",
+        "max_encoder_seq_length",
+        "max_length",
+        "max_patch_length",
+        "max_seqlen",
+        "max_batch_size",
+        "monotonicity",
+        "pad_to_max_length",
+        "patch_in_forward",
+        "patch_size",
+        "patching_batch_size",
+        "patching_device",
+        "patching_mode",
+        "patching_threshold",
+        "patching_threshold_add",
+        "patching_thresholds_str",
+        "realtime_patching",
+        "recompute_attn",
+        "recompute_fc1_out",
+        "recompute_fc3_out",
+        "rope_use_fp32_in_outer_product",
+        "seed",
+        "share_encoder_decoder_emb",
+        "use_fsdp",
+    ]
 )
 """Arguments that change no number of a forward pass at inference: initialisation, kernels, recomputing, table lengths,
 logging, and how patches are made, which a patch rule says here."""
@@ -75,21 +110,18 @@ def from_reference(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
     unknown, missing or of a value that is not computed here, and every tensor missing, unexpected or of a wrong shape.
     """
     arguments = Arguments(config, IGNORED, FIXED)
-    try:
-        if "dim_global" in config:
-            blt_config = _blt_config(arguments)
-            return adopt(BLT, blt_config, state_dict, _blt_names(blt_config))
-        entropy_config = _entropy_config(arguments)
-        return adopt(EntropyModel, entropy_config, state_dict, _entropy_names(entropy_config))
-    except ConfigError as error:
-        raise ValueError(f"reference arguments give no model: {error}") from error
+    if "dim_global" in config:
+        blt_config = _blt_config(arguments)
+        return adopt(BLT, blt_config, state_dict, blt_renaming(blt_config, NAMES))
+    entropy_config = _entropy_config(arguments)
+    return adopt(EntropyModel, entropy_config, state_dict, entropy_renaming(entropy_config, NAMES))
 
 
 def to_reference(model: BLT | EntropyModel) -> dict[str, Tensor]:
     """The model's parameters under the reference's names: the inverse of `from_reference`, bit for bit."""
     if isinstance(model, BLT):
-        return split(model.state_dict(), _blt_names(model.config))
-    return split(model.state_dict(), _entropy_names(model.config))
+        return split(model.state_dict(), blt_renaming(model.config, NAMES))
+    return split(model.state_dict(), entropy_renaming(model.config, NAMES))
 
 
 def _entropy_config(arguments: Arguments) -> EntropyModelConfig:
@@ -102,6 +134,8 @@ def _entropy_config(arguments: Arguments) -> EntropyModelConfig:
 
 
 def _blt_config(arguments: Arguments) -> BLTConfig:
+    if arguments.given("patching_mode") == "":
+        raise ValueError("argument patching_mode must name a patching: the MegaByte mode of '' is not computed here")
     arguments.one_of("attn_bias_type", ("block_causal", "local_block_causal"), "block_causal")
     window = arguments.optional_integer("local_attention_window_len")
     local = ("n_kv_heads", window)
@@ -146,12 +180,13 @@ def _cross_attention(arguments: Arguments, encoder: TransformerConfig) -> CrossA
     all_encoder = arguments.flag("cross_attn_all_layers_encoder", False)
     all_decoder = arguments.flag("cross_attn_all_layers_decoder", False)
     by_pooling = arguments.flag("cross_attn_init_by_pooling", True)
+    slots = arguments.integer("cross_attn_k", 1)
     if in_encoder and not by_pooling:
         raise ValueError("argument cross_attn_init_by_pooling must be true: patches start as pooled bytes here")
     pooling: dict[str, Literal["max", "mean", "min"]] = {"max": "max", "avg": "mean", "mean": "mean", "min": "min"}
     return CrossAttentionConfig(
         heads=arguments.integer("cross_attn_nheads", encoder.heads),
-        slots=arguments.integer("cross_attn_k", 1),
+        slots=slots if in_encoder or in_decoder else 1,
         encoder_layers=("all" if all_encoder else "last") if in_encoder else "none",
         decoder_layers=("all" if all_decoder else "first") if in_decoder else "none",
         pooling=pooling[arguments.one_of("downsampling_by_pooling", tuple(pooling), "max")],
@@ -169,41 +204,3 @@ def _hash_embedding(arguments: Arguments) -> HashEmbeddingConfig:
         functions=arguments.integer("encoder_hash_byte_group_nb_functions"),
         table_size=arguments.integer("encoder_hash_byte_group_vocab"),
     )
-
-
-def _entropy_names(config: EntropyModelConfig) -> Renaming:
-    return (
-        same("byte_embedding.weight", "tok_embeddings.weight"),
-        *blocks("blocks", "layers", config.transformer, NAMES),
-        same("norm.weight", "norm.weight"),
-        same("output.weight", "output.weight"),
-    )
-
-
-def _blt_names(config: BLTConfig) -> Renaming:
-    encoder, latent, decoder = config.local_encoder, config.latent, config.local_decoder
-    cross, hashes = config.cross_attention, config.hash_embedding
-    num_tables = hashes.functions * len(hashes.group_sizes)
-    encoder_cross = {"all": encoder.layers, "last": 1, "none": 0}[cross.encoder_layers]
-    decoder_cross = {"all": decoder.layers, "first": min(1, decoder.layers), "none": 0}[cross.decoder_layers]
-    tables = tuple(f"encoder_hash_tok_embedding.{n}.weight" for n in range(num_tables))
-    merged = [same("local_encoder.byte_embedding.weight", "local_encoder.tok_embeddings.weight")]
-    if tables:
-        merged.append(Merged("local_encoder.hash_embedding.table", tables, (hashes.table_size,) * num_tables))
-    merged += blocks("local_encoder.blocks", "local_encoder.layers", encoder, NAMES)
-    ours, theirs = "local_encoder.cross_attention", "local_encoder.cross_attn_layers"
-    merged += cross_attentions(ours, theirs, encoder_cross, encoder.width, NAMES)
-    if encoder_cross:
-        merged.append(
-            same("local_encoder.slot_projection.weight", "local_encoder.patch_embedding_projection.weight")
-        )
-    if cross.slots * encoder.width != latent.width:
-        merged.append(same("latent.projection.weight", "global_transformer.token_embedding_projection.weight"))
-    merged += blocks("latent.blocks", "global_transformer.layers", latent, NAMES)
-    if latent.width != decoder.width:
-        merged.append(same("local_decoder.projection.weight", "local_decoder.patch_embedding_projection.weight"))
-    ours, theirs = "local_decoder.cross_attention", "local_decoder.cross_attn_layers"
-    merged += cross_attentions(ours, theirs, decoder_cross, decoder.width, NAMES)
-    merged += blocks("local_decoder.blocks", "local_decoder.layers", decoder, NAMES)
-    merged += [same(f"local_decoder.{name}.weight", f"local_decoder.{name}.weight") for name in ("norm", "output")]
-    return tuple(merged)

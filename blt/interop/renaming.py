@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blt.entropy_model import EntropyModelConfig
 from blt.layers import TransformerConfig
+from blt.model import BLTConfig
 from blt.placement import AnyModel, Config, check_tensors, parameter_shapes, place
 
 
@@ -28,15 +30,15 @@ Renaming = tuple[Merged, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockNames:
-    """What another format calls the parts of a transformer block and of a cross-attention, without `.weight`."""
+class Names:
+    """What another format calls the parts of our models, without `.weight`."""
 
+    attention: str
+    """Prefix, inside a block, of the four that follow; in a cross-attention they stand without one."""
     query: str
     key: str
     value: str
     out: str
-    attention: str
-    """Prefix of the four above inside a block; in a cross-attention they stand without one."""
     gate: str
     up: str
     down: str
@@ -44,6 +46,17 @@ class BlockNames:
     ffn_norm: str
     cross_norm_q: str
     cross_norm_kv: str
+    byte_embedding: str
+    model: str
+    """Prefix of a BLT's parts, with its dot."""
+    output: str
+    """The BLT's output, with its prefix."""
+    entropy_model: str
+    """Prefix of an entropy model's parts, with its dot."""
+    entropy_output: str
+    """The entropy model's output, after its prefix."""
+    one_hash_table: bool
+    """All hash tables in one tensor, as ours, or each in its own."""
 
 
 def same(ours: str, theirs: str) -> Merged:
@@ -51,7 +64,7 @@ def same(ours: str, theirs: str) -> Merged:
     return Merged(ours, (theirs,))
 
 
-def blocks(ours: str, theirs: str, shape: TransformerConfig, names: BlockNames) -> Renaming:
+def blocks(ours: str, theirs: str, shape: TransformerConfig, names: Names) -> Renaming:
     """The blocks of a stack: `ours`.N and `theirs`.N."""
     merged: list[Merged] = []
     keys = shape.num_kv_heads * shape.head_width
@@ -73,7 +86,7 @@ def blocks(ours: str, theirs: str, shape: TransformerConfig, names: BlockNames) 
     return tuple(merged)
 
 
-def cross_attentions(ours: str, theirs: str, count: int, width: int, names: BlockNames) -> Renaming:
+def cross_attentions(ours: str, theirs: str, count: int, width: int, names: Names) -> Renaming:
     """The cross-attentions of one side: `ours`.N and `theirs`.N."""
     merged: list[Merged] = []
     for layer in range(count):
@@ -82,12 +95,70 @@ def cross_attentions(ours: str, theirs: str, count: int, width: int, names: Bloc
             same(f"{us}.norm_q.weight", f"{them}.{names.cross_norm_q}.weight"),
             same(f"{us}.norm_kv.weight", f"{them}.{names.cross_norm_kv}.weight"),
             same(f"{us}.wq.weight", f"{them}.{names.query}.weight"),
-            Merged(
-                f"{us}.wkv.weight", (f"{them}.{names.key}.weight", f"{them}.{names.value}.weight"), (width, width)
-            ),
+            Merged(f"{us}.wkv.weight", (f"{them}.{names.key}.weight", f"{them}.{names.value}.weight"), (width, width)),
             same(f"{us}.wo.weight", f"{them}.{names.out}.weight"),
         ]
     return tuple(merged)
+
+
+def entropy_renaming(config: EntropyModelConfig, names: Names) -> Renaming:
+    """Every parameter of an entropy model."""
+    prefix = names.entropy_model
+    return (
+        same("byte_embedding.weight", f"{prefix}{names.byte_embedding}.weight"),
+        *blocks("blocks", f"{prefix}layers", config.transformer, names),
+        same("norm.weight", f"{prefix}norm.weight"),
+        same("output.weight", f"{prefix}{names.entropy_output}.weight"),
+    )
+
+
+def blt_renaming(config: BLTConfig, names: Names) -> Renaming:
+    """Every parameter of a BLT."""
+    width, latent = config.local_encoder.width, config.latent
+    theirs = f"{names.model}global_transformer"
+    merged = list(_encoder_renaming(config, names))
+    if config.cross_attention.slots * width != latent.width:
+        merged.append(same("latent.projection.weight", f"{theirs}.token_embedding_projection.weight"))
+    merged += blocks("latent.blocks", f"{theirs}.layers", latent, names)
+    return (*merged, *_decoder_renaming(config, names))
+
+
+def _encoder_renaming(config: BLTConfig, names: Names) -> Renaming:
+    shape, hashes = config.local_encoder, config.hash_embedding
+    ours, theirs = "local_encoder", f"{names.model}local_encoder"
+    merged = [same(f"{ours}.byte_embedding.weight", f"{theirs}.{names.byte_embedding}.weight")]
+    tables = f"{names.model}encoder_hash_tok_embedding"
+    num_tables = hashes.functions * len(hashes.group_sizes)
+    if num_tables and names.one_hash_table:
+        merged.append(same(f"{ours}.hash_embedding.table", f"{tables}.weight"))
+    elif num_tables:
+        each = tuple(f"{tables}.{n}.weight" for n in range(num_tables))
+        merged.append(Merged(f"{ours}.hash_embedding.table", each, (hashes.table_size,) * num_tables))
+    num_cross = {"all": shape.layers, "last": 1, "none": 0}[config.cross_attention.encoder_layers]
+    if num_cross:
+        merged.append(same(f"{ours}.slot_projection.weight", f"{theirs}.patch_embedding_projection.weight"))
+    return (
+        *merged,
+        *blocks(f"{ours}.blocks", f"{theirs}.layers", shape, names),
+        *cross_attentions(f"{ours}.cross_attention", f"{theirs}.cross_attn_layers", num_cross, shape.width, names),
+    )
+
+
+def _decoder_renaming(config: BLTConfig, names: Names) -> Renaming:
+    shape = config.local_decoder
+    ours, theirs = "local_decoder", f"{names.model}local_decoder"
+    merged = [
+        same(f"{ours}.norm.weight", f"{theirs}.norm.weight"),
+        same(f"{ours}.output.weight", f"{names.output}.weight"),
+    ]
+    if config.latent.width != shape.width:
+        merged.append(same(f"{ours}.projection.weight", f"{theirs}.patch_embedding_projection.weight"))
+    num_cross = {"all": shape.layers, "first": min(1, shape.layers), "none": 0}[config.cross_attention.decoder_layers]
+    return (
+        *merged,
+        *blocks(f"{ours}.blocks", f"{theirs}.layers", shape, names),
+        *cross_attentions(f"{ours}.cross_attention", f"{theirs}.cross_attn_layers", num_cross, shape.width, names),
+    )
 
 
 def split(state: Mapping[str, Tensor], renaming: Renaming) -> dict[str, Tensor]:

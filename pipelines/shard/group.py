@@ -54,14 +54,27 @@ def receipt_path(group: int) -> str:
 def write_group(group: Group, config: ShardConfig, output: str) -> GroupReceipt:
     """Read, shuffle and write one group, or find that it is done. DataError if foreign files are in the way."""
     storage = Storage(output)
-    path = receipt_path(group.index)
-    if not storage.exists(path):
-        writer = _GroupWriter(group.index, config, storage)
-        for file in group.files:
-            for row in read_file(file, config):
-                writer.add(file, row)
-        storage.write_exclusive(path, msgspec.json.encode(writer.finish(group.input_bytes)))
-    return msgspec.json.decode(storage.read_bytes(path), type=GroupReceipt)
+    if (receipt := _finished(group.index, storage)) is not None:
+        return receipt
+    writer = _GroupWriter(group.index, config, storage)
+    for file in group.files:
+        for row in read_file(file, config):
+            writer.add(file, row)
+    receipt = writer.finish(group.input_bytes)
+    storage.write_exclusive(receipt_path(group.index), msgspec.json.encode(receipt))
+    return receipt
+
+
+def _finished(group: int, storage: Storage) -> GroupReceipt | None:
+    """The receipt of a group that is done; None if it is not, or if a shard was removed since."""
+    path = receipt_path(group)
+    try:
+        receipt = msgspec.json.decode(storage.read_bytes(path), type=GroupReceipt)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise DataError(f"{storage.url(path)} is broken: {error}; remove it to have its group made again") from error
+    return receipt if all(storage.exists(shard.path) for shard in receipt.shards) else None
 
 
 @dataclass(slots=True)
@@ -161,11 +174,8 @@ class _GroupWriter:
         path = f"{split}/shard-{self._group:05d}-{number:05d}.parquet"
         sizes = [len(document.text) for document in documents]
         tables = (self._table(documents[rows]) for rows in row_group_slices(sizes, self._config.row_group_bytes))
-        data = memoryview(
-            encode_parquet(
-                tables, DOCUMENT_SCHEMA, {"documents": str(len(sizes)), "bytes": str(sum(sizes))}
-            ).to_pybytes()
-        )
+        footer = {"documents": str(len(sizes)), "bytes": str(sum(sizes))}
+        data: bytes = encode_parquet(tables, DOCUMENT_SCHEMA, footer).to_pybytes()
         self._commit(path, data)
         digest = hashlib.sha256(data).hexdigest()
         self._shards.append(ShardEntry(path=path, split=split, documents=len(sizes), bytes=sum(sizes), sha256=digest))

@@ -65,7 +65,8 @@ def build_index(
     pending = [read.remote(root, shard.path, sequence_patches, sequence_bytes) for shard in manifest.split(split)]
     row_groups: list[IndexedRowGroup] = []
     for result in pending:
-        row_groups.extend(ray.get(result))
+        found_in_shard: list[IndexedRowGroup] = ray.get(result)
+        row_groups.extend(found_in_shard)
         on_shard(1)
     if not sum(group.sequences for group in row_groups):
         raise DataError(f"{root}: the {split} split holds no documents")

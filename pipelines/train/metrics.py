@@ -33,7 +33,7 @@ class MetricsWriter:
         path = directory / METRICS_NAME
         path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(directory / TENSORBOARD_NAME), purge_step=first_step + 1)  # type: ignore[no-untyped-call]
+        self._tensorboard = SummaryWriter(str(directory / TENSORBOARD_NAME), purge_step=first_step + 1)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -42,14 +42,14 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        self._tensorboard.close()  # type: ignore[no-untyped-call]
+        self._tensorboard.close()
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """One record; names are area/quantity_unit."""
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
         self._file.flush()
         for name, value in figures.items():
-            self._tensorboard.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._tensorboard.add_scalar(name, value, step)
 
 
 def peak_memory_bytes() -> int:

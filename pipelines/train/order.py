@@ -37,7 +37,7 @@ class Order:
     def place(self, position: int) -> Place:
         """The sequence at `position` (0, 1, 2, ...; endless)."""
         epoch, within = divmod(position, self.epoch_length)
-        groups, ends = _epoch(self, epoch)
+        _, ends = _epoch(self, epoch)
         window = int(np.searchsorted(ends, within, side="right"))
         row_groups, sequences = _window(self, epoch, window)
         at = within - (int(ends[window - 1]) if window else 0)

@@ -1,8 +1,8 @@
 """The training state of a checkpoint: optimiser moments, step and what the run was made of. No pickle.
 
-    DIR/model/                  what `blt.load` or `blt.load_entropy_model` reads
-    DIR/optimizer.safetensors   AdamW's moments under the weights' names
-    DIR/training.json           step, run and data fingerprints; written last
+DIR/model/                  what `blt.load` or `blt.load_entropy_model` reads
+DIR/optimizer.safetensors   AdamW's moments under the weights' names
+DIR/training.json           step, run and data fingerprints; written last
 """
 
 import json

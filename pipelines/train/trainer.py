@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -82,22 +81,24 @@ def resolve_job(
 
 def train(job: TrainJob, on_step: Callable[[dict[str, float]], None] = lambda record: None) -> TrainResult:
     """Run a job to its end, or on from where it stood; `on_step` gets each metrics record as it is written."""
-    config = job.config
+    config, run = job.config, Path(job.run_directory) / CHECKPOINTS_NAME / job.fingerprint[:16]
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=job,  # type: ignore[arg-type]  # passed through to the worker as it is
+        train_worker,  # type: ignore[arg-type]  # takes the job as it is instead of a dict
+        train_loop_config=job,  # type: ignore[arg-type]
         scaling_config=ScalingConfig(
             num_workers=config.workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
         ),
         torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
         run_config=RunConfig(
-            name=job.fingerprint[:16],
-            storage_path=str(Path(job.run_directory) / CHECKPOINTS_NAME),
+            name=run.name,
+            storage_path=str(run.parent),
             checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
+    if newest := max(run.glob("step-*"), default=None):
+        logger.info("going on from a checkpoint path=%s", newest)
     with _followed(job.run_directory, on_step):
         result = trainer.fit()
     if result.checkpoint is None:

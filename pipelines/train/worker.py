@@ -4,7 +4,6 @@ Feed -> step -> metrics, held-out evaluation and checkpoint every so often. Ever
 the `TrainJob`; rank and world size only say who computes what.
 """
 
-import logging
 import tempfile
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import ray.train
 import ray.train.torch
 import torch
 
+from blt.errors import TrainingError
 from blt.loss import bits_per_byte
 from blt.optim import build_optimizer, lr_factor, set_lr
 from blt.parallel import FlatGradients, sum_over_ranks
@@ -23,8 +23,6 @@ from pipelines.train.job import Model, TrainJob
 from pipelines.train.metrics import MetricsWriter, peak_memory_bytes
 from pipelines.train.order import rank_slots
 from pipelines.train.state import MODEL_NAME, TrainingState, load_optimizer, read_training_state, save_training_state
-
-logger = logging.getLogger(__name__)
 
 
 def train_worker(job: TrainJob) -> None:
@@ -58,7 +56,6 @@ class Worker:
             self.model = job.load_model(Path(directory) / MODEL_NAME).to(self.device).train()
             self.optimizer = build_optimizer(self.model, job.config.optimizer)
             load_optimizer(Path(directory), self.model, self.optimizer)
-        logger.info("resumed step=%d", self.steps_done)
 
     def run(self, metrics: MetricsWriter | None) -> None:
         """All steps that are left."""
@@ -76,14 +73,17 @@ class Worker:
             for step, batches in feed:
                 lr = config.optimizer.lr * lr_factor(config.optimizer, step, config.steps)
                 set_lr(self.optimizer, lr)
-                result = train_step(
-                    self.model,
-                    self.optimizer,
-                    gradients,
-                    batches,
-                    clip_norm=config.optimizer.clip_norm,
-                    autocast=self.autocast,
-                )
+                try:
+                    result = train_step(
+                        self.model,
+                        self.optimizer,
+                        gradients,
+                        batches,
+                        clip_norm=config.optimizer.clip_norm,
+                        autocast=self.autocast,
+                    )
+                except FloatingPointError as error:
+                    raise TrainingError(f"step {step + 1}: {error}; a lower optimizer.lr may help") from error
                 self.steps_done = step + 1
                 window.add(result)
                 if metrics is not None and self._is_due(config.log_every):
@@ -131,7 +131,11 @@ class Worker:
             ray.train.report(figures)
             return
         with tempfile.TemporaryDirectory(prefix="blt-checkpoint-") as directory:
-            provenance = {"run": self.job.fingerprint, "step": str(self.steps_done), "data": self.job.train_index.dataset}
+            provenance = {
+                "run": self.job.fingerprint,
+                "step": str(self.steps_done),
+                "data": self.job.train_index.dataset,
+            }
             self.job.save_model(self.model, Path(directory) / MODEL_NAME, provenance)
             state = TrainingState(steps_done=self.steps_done, run=self.job.fingerprint)
             save_training_state(Path(directory), self.model, self.optimizer, state)

@@ -36,7 +36,7 @@ def test_done_then_skipped_then_refused(tmp_path: Path, capsys: pytest.CaptureFi
     [
         ("input=nothing.jsonl", 1, "input 'nothing.jsonl' does not exist"),
         ("text_key=body", 1, "missing required field `body` (keys: id,"),
-        ("valid_fraction=1.5", 2, "valid_fraction must be above 0 and below 1"),
+        ("valid_fraction=1.5", 2, "must be above 0 and below 1, got 1.5"),
         ("textkey=body", 2, "text_key"),
     ],
 )

@@ -1,6 +1,7 @@
 """The Parquet side of both datasets: packed starts, row groups, files that depend on their rows alone."""
 
 import io
+import itertools
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +37,7 @@ def test_row_groups_cover_all_rows_within_the_cap(sizes: list[int], cap: int) ->
     assert [size for s in slices for size in sizes[s]] == sizes
     for s in slices:
         assert sum(sizes[s]) <= cap or s.stop - s.start == 1
-    for left, right in zip(slices, slices[1:], strict=False):
+    for left, right in itertools.pairwise(slices):
         assert sum(sizes[left]) + sizes[right.start] > cap  # no group could have taken one more
 
 
