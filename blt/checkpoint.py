@@ -91,6 +91,23 @@ def entropy_model_fingerprint(directory: str | Path) -> str:
     return _parse(Path(directory) / "config.json", lambda values: _text(values, "fingerprint"), "entropy_model")
 
 
+def language_model_config(directory: str | Path) -> "LanguageModelConfig":
+    """What a language model's config.json says, without a look at its weights; CheckpointError."""
+    return _parse(Path(directory) / "config.json", _language_model_config, "blt")
+
+
+def language_model_fingerprint(directory: str | Path) -> str:
+    """`fingerprint` of the BLT in a language model's directory, read a tensor at a time; CheckpointError."""
+    root = Path(directory)
+    config, weights = language_model_config(root).model, root / "model.safetensors"
+    try:
+        return _stored_fingerprint(config, weights)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{weights}: no such file; a checkpoint has its weights there") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{weights}: {_line(error)}") from error
+
+
 def save_language_model(language_model: LanguageModel, directory: str | Path) -> None:
     """Write a language model that `load` reads; an existing one in `directory` is replaced.
 
@@ -127,7 +144,7 @@ def load(
     the language model was trained with.
     """
     root, place = Path(directory), torch.device(device)
-    stored = _parse(root / "config.json", _language_model_config, "blt")
+    stored = language_model_config(root)
     model = _read_model(BLT, stored.model, root / "model.safetensors", place, dtype)
     entropy_model = None
     if stored.entropy_stored:
@@ -149,8 +166,8 @@ def load(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LanguageModelConfig:
-    """What config.json of a language model says."""
+class LanguageModelConfig:
+    """What config.json of a language model says: all but the weights."""
 
     model: BLTConfig
     patch_rule: PatchRule
@@ -168,13 +185,13 @@ class _StoredEntropyModel:
     stored: bool
 
 
-def _language_model_config(values: Mapping[str, object]) -> _LanguageModelConfig:
+def _language_model_config(values: Mapping[str, object]) -> LanguageModelConfig:
     _expect_keys(values, ("model", "patch_rule", "reset_on_newline", "entropy_model", "provenance"))
     reset, noted = values["reset_on_newline"], values["entropy_model"]
     if not isinstance(reset, bool):
         raise ValueError(f"key reset_on_newline must be true or false, got {reset!r}")
     entropy = None if noted is None else from_json(_StoredEntropyModel, noted, "entropy_model")
-    return _LanguageModelConfig(
+    return LanguageModelConfig(
         model=from_json(BLTConfig, values["model"], "model"),
         patch_rule=from_json(PatchRule, values["patch_rule"], "patch_rule"),
         reset_on_newline=reset,
@@ -211,7 +228,7 @@ def _fingerprint(config: BLTConfig | EntropyModelConfig, tensors: Iterable[tuple
     return digest.hexdigest()
 
 
-def _stored_fingerprint(config: EntropyModelConfig, weights: Path) -> str:
+def _stored_fingerprint(config: BLTConfig | EntropyModelConfig, weights: Path) -> str:
     with safe_open(weights, framework="pt") as file:
         return _fingerprint(config, ((name, file.get_tensor(name)) for name in sorted(file.keys())))
 

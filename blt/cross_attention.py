@@ -6,6 +6,8 @@ Shapes: B rows, T bytes, P patches, k slots of a patch, D width, H heads, K head
 Source: SPEC sections 6 and 8 (no rotary positions, separate RMSNorm on queries and on keys and values).
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -46,10 +48,10 @@ class CrossAttention(nn.Module):
         return out.view(bytes_BTD.shape)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
+        return x.view(*x.shape[:-1], self.heads, -1)
 
     @staticmethod
     def _scores(queries: Tensor, keys: Tensor) -> Tensor:
         """Scaled products [N,k,H], float32 or wider."""
         wide = torch.promote_types(queries.dtype, torch.float32)
-        return (queries * keys).sum(-1, dtype=wide) * queries.shape[-1] ** -0.5
+        return (queries * keys).sum(-1, dtype=wide) / math.sqrt(queries.shape[-1])

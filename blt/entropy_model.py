@@ -5,20 +5,24 @@ short ones share a row, long ones stream through with the window's keys and valu
 Source: SPEC sections 2 and 3. Shapes: B rows, T positions, V vocabulary, D width, n bytes of a document.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from blt.attention import documents_from_eos
 from blt.errors import ConfigError
 from blt.layers import Block, Context, KeyValue, RMSNorm, TransformerConfig, context, init_blocks, init_linear
-from blt.vocabulary import BOS, VOCABULARY_SIZE, encode
+from blt.vocabulary import BOS, EOS, VOCABULARY_SIZE, encode
 
 STREAM_BYTES = 8192
 """Rotary positions of a document start again at each multiple of this (after the carried window), so that they stay
 small enough for float32 angles and are a function of the place in the document alone."""
+
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""Logits [T,V] and the ids [T] that come next in, one value for each position [T] out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,25 +106,50 @@ def document_entropies(
     With `reset_on_newline` a newline byte opens a new context. A document's entropies depend on the document, the
     model and the reset alone (to 1e-4 nats in float32), not on the other documents or on `row_bytes`.
     """
+    return _measured(model, documents, lambda logits, _: next_byte_entropy(logits), reset_on_newline, row_bytes)
+
+
+@torch.inference_mode()
+def document_nats(
+    model: EntropyModel, documents: Sequence[bytes], *, reset_on_newline: bool = False, row_bytes: int = STREAM_BYTES
+) -> list[Tensor]:
+    """What each byte and the EOS of each document cost, -ln p, float32 [n + 1] in nats on the CPU; n is the EOS.
+
+    The contexts are those of `document_entropies`: a value and the entropy of the same index are of one distribution.
+    """
+    return _measured(model, documents, _next_byte_nats, reset_on_newline, row_bytes)
+
+
+def _next_byte_nats(logits: Tensor, next_ids: Tensor) -> Tensor:
+    return F.cross_entropy(logits, next_ids, reduction="none").float()
+
+
+def _measured(
+    model: EntropyModel, documents: Sequence[bytes], measure: Measure, reset_on_newline: bool, row_bytes: int
+) -> list[Tensor]:
+    """What `measure` makes of the logits at BOS and at each byte of each document: [n + 1] on the CPU."""
     if row_bytes < 1:
         raise ValueError(f"row_bytes must be at least 1, got {row_bytes}")
     row_bytes = min(row_bytes, STREAM_BYTES)
     runs = [run for document in documents for run in _contexts(document, reset_on_newline)]
     parts: list[Tensor] = []
     for row in _rows(runs, row_bytes):
-        parts.append(_stream(model, row[0], row_bytes) if len(row) == 1 else _packed(model, row))
-    entropies = torch.cat(parts) if parts else torch.empty(0)
-    return list(entropies.split([len(document) + 1 for document in documents]))
+        alone = len(row) == 1
+        parts.append(_stream(model, row[0], row_bytes, measure) if alone else _packed(model, row, measure))
+    values = torch.cat(parts) if parts else torch.empty(0)
+    return list(values.split([len(document) + 1 for document in documents]))
 
 
 def _contexts(document: bytes, reset_on_newline: bool) -> Iterator[Tensor]:
-    """The runs of ids that are one context each: BOS and the bytes, or one per line, opening with its newline."""
-    ids = torch.cat((torch.tensor([BOS]), encode(document)))
+    """The runs that a model reads as one context, ids and next ids [2, n]: BOS and the bytes, or one per line opening
+    with its newline."""
+    ids = torch.cat((torch.tensor([BOS]), encode(document), torch.tensor([EOS])))
+    pairs = torch.stack((ids[:-1], ids[1:]))
     if not reset_on_newline:
-        yield ids
+        yield pairs
         return
-    newlines = (torch.nonzero(ids == encode(b"\n")).flatten()).tolist()
-    yield from ids.tensor_split(newlines)
+    newlines = (torch.nonzero(pairs[0] == encode(b"\n")).flatten()).tolist()
+    yield from pairs.tensor_split(newlines, dim=1)
 
 
 def _rows(runs: Sequence[Tensor], row_bytes: int) -> Iterator[list[Tensor]]:
@@ -128,38 +157,39 @@ def _rows(runs: Sequence[Tensor], row_bytes: int) -> Iterator[list[Tensor]]:
     row: list[Tensor] = []
     used = 0
     for run in runs:
-        if row and used + len(run) > row_bytes:
+        if row and used + run.shape[1] > row_bytes:
             yield row
             row, used = [], 0
         row.append(run)
-        used += len(run)
+        used += run.shape[1]
     if row:
         yield row
 
 
-def _packed(model: EntropyModel, row: Sequence[Tensor]) -> Tensor:
-    """Entropies [sum of lengths] of several runs in one row."""
+def _packed(model: EntropyModel, row: Sequence[Tensor], measure: Measure) -> Tensor:
+    """Values [sum of lengths] of several runs in one row."""
     device = model.output.weight.device
-    lengths = torch.tensor([len(run) for run in row])
+    lengths = torch.tensor([run.shape[1] for run in row])
     document_ids = torch.arange(len(row)).repeat_interleave(lengths)
-    logits = model(torch.cat(list(row)).to(device)[None], document_ids.to(device)[None])
-    return next_byte_entropy(logits)[0].cpu()
+    ids, next_ids = torch.cat(list(row), dim=1).to(device)
+    logits = model(ids[None], document_ids.to(device)[None])
+    return measure(logits[0], next_ids).cpu()
 
 
-def _stream(model: EntropyModel, ids: Tensor, row_bytes: int) -> Tensor:
-    """Entropies [n] of one run in chunks of at most row_bytes, each after the keys and values of the window before."""
+def _stream(model: EntropyModel, run: Tensor, row_bytes: int, measure: Measure) -> Tensor:
+    """Values [n] of one run in chunks of at most row_bytes, each after the keys and values of the window before."""
     device, kept = model.output.weight.device, model.config.window - 1
     carry: list[KeyValue] | None = None
     parts = []
-    for start, end in _chunks(len(ids), row_bytes):
-        chunk = ids[start:end].to(device)[None]
+    for start, end in _chunks(run.shape[1], row_bytes):
+        ids, next_ids = run[:, start:end].to(device)
         carried = 0 if carry is None else carry[0][0].shape[1]
         first = start % STREAM_BYTES + (kept if start >= STREAM_BYTES else 0)
         positions = torch.arange(first, first + end - start, device=device)[None]
-        shared = context(model.config.transformer, torch.zeros_like(chunk), positions, carried)
-        logits, pairs = model.step(chunk, shared, carry)
+        shared = context(model.config.transformer, torch.zeros_like(ids)[None], positions, carried)
+        logits, pairs = model.step(ids[None], shared, carry)
         carry = [(k[:, max(0, k.shape[1] - kept) :], v[:, max(0, v.shape[1] - kept) :]) for k, v in pairs]
-        parts.append(next_byte_entropy(logits)[0].cpu())
+        parts.append(measure(logits[0], next_ids).cpu())
     return torch.cat(parts)
 
 

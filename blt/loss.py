@@ -18,6 +18,13 @@ def summed_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return F.cross_entropy(wide.flatten(0, 1), targets_BT.flatten(), ignore_index=NO_TARGET, reduction="sum")
 
 
+def row_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """The sum of each row, float64 [B] in nats; otherwise as `summed_cross_entropy`."""
+    wide = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+    nats_N = F.cross_entropy(wide.flatten(0, 1), targets_BT.flatten(), ignore_index=NO_TARGET, reduction="none")
+    return nats_N.view_as(targets_BT).double().sum(1)
+
+
 def bits_per_byte(nats: float, num_bytes: int) -> float:
     """Summed nats (bytes and EOS predicted) per document byte, in bits: paper eq. 18 with the EOS charged."""
     return nats / (math.log(2) * num_bytes)

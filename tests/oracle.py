@@ -112,7 +112,9 @@ def _read_bytes(
     """Slots [P*k,D] after one encoder cross-attention; made by pooling where there are none yet."""
     k, width = config.cross_attention.slots, config.local_encoder.width
     if slots is None:
-        slots = (pool(h, members, config.cross_attention.pooling) @ encoder["slot_projection.weight"].T).reshape(-1, width)
+        slots = (pool(h, members, config.cross_attention.pooling) @ encoder["slot_projection.weight"].T).reshape(
+            -1, width
+        )
     sees = torch.tensor([[i in members[slot // k] for i in range(len(h))] for slot in range(len(slots))])
     weights = within(encoder, f"cross_attention.{layer}.")
     attended = cross_attention(config.cross_attention.heads, config.local_encoder.norm_eps, weights, slots, h, sees)

@@ -2,7 +2,8 @@
 
 Keys that transformers' BLT does not read are not read here, and absent ones have its defaults. A file that we wrote
 also holds our own settings under OURS, which say more than its keys can (patch rules, initialisation); they are used as
-long as they agree with those keys. Source of keys and defaults: transformers 5 (Apache-2.0): models/blt/configuration_blt.py.
+long as they agree with those keys. Source of keys and defaults: transformers 5,
+models/blt/configuration_blt.py.
 """
 
 from collections.abc import Mapping

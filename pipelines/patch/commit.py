@@ -15,6 +15,7 @@ import msgspec
 import pyarrow as pa
 
 from blt.errors import DataError
+from pipelines.manifest import SPLITS
 from pipelines.patch.plan import PatchPlan, PatchUnit, differences
 from pipelines.patch.shard_file import ContentHash, open_shard, read_row_group
 from pipelines.schema import PATCH_SCHEMA
@@ -43,7 +44,10 @@ class Commit:
 
 
 def claim(storage: Storage, plan: PatchPlan) -> None:
-    """Write the plan into the dataset, or find the same one there; DataError naming what differs from another."""
+    """Write the plan into the dataset, or find the same one there; DataError naming what differs from another.
+
+    Another plan that nothing was done for (its run failed at once) gives way.
+    """
     if storage.write_exclusive(PLAN_PATH, plan.to_json()):
         return
     try:
@@ -51,11 +55,14 @@ def claim(storage: Storage, plan: PatchPlan) -> None:
         stored_hash, settings = str(stored["hash"]), dict(stored["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{storage.url(PLAN_PATH)} is broken; remove the directory or choose another output") from error
-    if stored_hash != plan.hash:
+    if stored_hash == plan.hash:
+        return
+    if any(storage.list(directory) for directory in (COMMITS, *SPLITS)):
         raise DataError(
             f"{storage.root_uri} was begun under another plan: {'; '.join(differences(settings, plan.settings))}; "
             "choose another output or remove the directory"
         )
+    storage.write_replace(PLAN_PATH, plan.to_json())
 
 
 def read_commits(storage: Storage, plan: PatchPlan) -> dict[str, Commit]:

@@ -106,6 +106,12 @@ def run_units(
     with _quiet_console():
         try:
             yield from dataset.iter_rows()
+        except ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, BltError):
+                raise
+            # Ray Data appends advice about its own retry settings to the message.
+            message = str(error.cause).partition("\nFailed to apply")[0]
+            raise type(error.cause)(message) from None
         except ray.exceptions.RayActorError as error:
             raise BltError(
                 f"an actor of {actor.__name__} died, with no more of its {_MAX_DEATHS_PER_ACTOR} restarts left "

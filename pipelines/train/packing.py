@@ -71,8 +71,7 @@ def join_documents(text: npt.NDArray[np.uint8], lengths: Integers, starts: npt.N
 def cut_sequences(group: RowGroup, max_patches: int | None, max_bytes: int) -> Integers:
     """First patch of each sequence, and P at the end. DataError if a patch is longer than max_bytes."""
     starts, num_patches = group.patch_starts, len(group.patch_starts) - 1
-    if num_patches and int(np.diff(starts).max()) > max_bytes:
-        raise DataError(f"a patch of {np.diff(starts).max()} bytes does not fit a sequence of {max_bytes} bytes")
+    _check_patches_fit(starts, max_bytes)
     opens_document = np.isin(starts[:-1], group.document_starts)
     cuts, patch = [0], 0
     while patch < num_patches:
@@ -100,15 +99,18 @@ def take_sequence(group: RowGroup, first_patch: int, end_patch: int, scored_from
 
 
 def document_windows(group: RowGroup, max_patches: int, max_bytes: int) -> Sequence[tuple[int, int, int]]:
-    """Windows (first patch, end patch, first scored patch) that score every patch once, each document apart.
+    """Windows (first patch, end patch, first scored patch) that score every patch but BOS once, each document apart.
 
-    A window scores at least half of its patches; the others are context that an earlier window scored.
+    About half of a window that does not open its document is context, which an earlier window scored: as many patches
+    as fit half of either limit. It gives way where the next patch would not fit. At most max_patches patches and
+    max_bytes input bytes, as in training. DataError if a patch is longer than max_bytes.
     """
     windows = []
     starts = group.patch_starts
+    _check_patches_fit(starts, max_bytes)
     borders = np.append(np.searchsorted(starts, group.document_starts), len(starts) - 1)
     for first_of_document, end_of_document in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
-        scored = first_of_document
+        scored = first_of_document + 1  # BOS is no target; a window of BOS alone would have none
         while scored < end_of_document:
             near = int(np.searchsorted(starts, starts[scored] - max_bytes // 2))
             first = max(first_of_document, scored - max(max_patches // 2 - 1, 0), near)
@@ -118,6 +120,12 @@ def document_windows(group: RowGroup, max_patches: int, max_bytes: int) -> Seque
             windows.append((first, min(end, end_of_document), scored))
             scored = min(end, end_of_document)
     return windows
+
+
+def _check_patches_fit(patch_starts: Integers, max_bytes: int) -> None:
+    longest = int(np.diff(patch_starts).max(initial=0))
+    if longest > max_bytes:
+        raise DataError(f"a patch of {longest} bytes does not fit a sequence of {max_bytes} bytes")
 
 
 def _end_of_window(starts: Integers, first: int, max_patches: int, max_bytes: int) -> int:

@@ -112,7 +112,9 @@ def scale(tensor: Tensor) -> Tensor:
 
 def hold(model: nn.Module, fast: Tensor, slow: Tensor, batch: Batch) -> tuple[float, float]:
     """Assert equality on all bytes of documents; the largest differences of logits and of gradients."""
-    inside = torch.ones_like(batch.byte_ids, dtype=torch.bool) if batch.document_ids is None else batch.document_ids >= 0
+    inside = (
+        torch.ones_like(batch.byte_ids, dtype=torch.bool) if batch.document_ids is None else batch.document_ids >= 0
+    )
     assert fast.dtype == torch.float64
     logits = float((fast - slow).detach()[inside].abs().max()) if bool(inside.any()) else 0.0
     ours = gradients(summed_cross_entropy(fast, batch.targets), model)

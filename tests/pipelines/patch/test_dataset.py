@@ -229,6 +229,10 @@ def test_what_does_not_fit_is_named_and_leaves_no_manifest(
 def test_an_error_in_an_actor_reaches_the_driver_as_it_is(tmp_path: Path) -> None:
     root = write_documents(tmp_path / "documents", {"train/shard-00000.parquet": [b"one two", b"three"]})
     Path(root, "train/shard-00000.parquet").write_bytes(b"PAR1 torn")
-    with pytest.raises(DataError, match=r"shard-00000\.parquet"):
+    with pytest.raises(DataError, match=r"shard-00000\.parquet") as raised:
         patch_dataset(PatchConfig(rule=PatchRule(kind="space")), root, None, str(tmp_path / "patches"))
+    assert "\n" not in str(raised.value)
     assert not (tmp_path / "patches/manifest.json").exists()
+    write_documents(tmp_path / "mended", {"train/shard-00000.parquet": [b"one two", b"three"]})
+    config = PatchConfig(rule=PatchRule(kind="byte"))  # nothing was done under the plan that failed: it gives way
+    assert patch_dataset(config, str(tmp_path / "mended"), None, str(tmp_path / "patches")).documents == 2

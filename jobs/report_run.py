@@ -1,0 +1,201 @@
+"""What a run left on disk, read once, so that the page and the terminal's table show the same facts.
+
+In: a directory for each part of a run. Out: a `Run`. Every part may be missing; a part that is there but broken is a
+DataError that names the file.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TypeVar
+
+import msgspec
+
+from blt.errors import DataError
+from jobs.record import RECORD_NAME, JobRecord, read_record
+from pipelines.manifest import MANIFEST_PATH, Manifest, read_manifest
+from pipelines.patch.calibration import CALIBRATION_PATH, Calibration, read_calibration
+from pipelines.storage import Storage
+from pipelines.train.metrics import METRICS_NAME, read_metrics
+
+EVALUATION_PATH = "evaluation.json"
+SAMPLE_PATH = "sample.json"
+MODEL_CONFIG_PATH = "model/config.json"
+
+COMMANDS: Mapping[str, str] = MappingProxyType(
+    {
+        "documents": "shard",
+        "entropy_model": "train-entropy",
+        "calibration": "calibrate",
+        "patches": "patch",
+        "model": "train",
+        "evaluation": "eval",
+        "sample": "generate",
+    }
+)
+"""The parts of a run, each the directory of that name below it, and the command that makes each; in order."""
+
+_CONTENT: Mapping[str, tuple[str, ...]] = {
+    "documents": (MANIFEST_PATH,),
+    "entropy_model": (METRICS_NAME, MODEL_CONFIG_PATH),
+    "calibration": (CALIBRATION_PATH,),
+    "patches": (MANIFEST_PATH,),
+    "model": (METRICS_NAME, MODEL_CONFIG_PATH),
+    "evaluation": (EVALUATION_PATH,),
+    "sample": (SAMPLE_PATH,),
+}
+"""Files that a report reads; a part is there if it has one of them."""
+
+Content = TypeVar("Content")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The content of evaluation.json, as far as a report shows it. All bpb are of the same held-out documents."""
+
+    documents: int | None = None
+    bytes: int | None = None
+    patches: int | None = None
+    mean_patch_bytes: float | None = None
+    bpb: float | None = None
+    bpb_low: float | None = None
+    """Lower end of the interval of `bpb`."""
+    bpb_high: float | None = None
+    bytes_per_second: float | None = None
+    baselines: dict[str, float] = field(default_factory=dict)
+    """Name -> bpb with all documents as one stream."""
+    entropy_model_bpb: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The content of sample.json."""
+
+    prompt: str
+    text: str
+    """What the model wrote after the prompt."""
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run, or those parts of one that are there."""
+
+    directories: Mapping[str, str]
+    """Of each part that is there, by its name in COMMANDS."""
+    missing: Mapping[str, str]
+    """Where each of the others was looked for."""
+    fingerprint: str
+    """Hex sha256 over every small file that was read: manifests, records, metrics and figures."""
+    records: Mapping[str, JobRecord]
+    """job.json of each part that has one: a part without is not finished."""
+    documents: Manifest | None
+    patches: Manifest | None
+    calibration: Calibration | None
+    evaluation: Evaluation | None
+    sample: Sample | None
+    metrics: Mapping[str, tuple[Mapping[str, float], ...]]
+    """Records of metrics.jsonl of entropy_model and model, oldest first; empty where there are none."""
+
+
+def run_directories(run: str) -> dict[str, str]:
+    """Where each part of the run is looked for."""
+    return {name: f"{run.rstrip('/')}/{name}" for name in COMMANDS}
+
+
+def read_run(directories: Mapping[str, str]) -> Run:
+    """Read what is there of the parts; DataError, naming the file, for what is broken."""
+    present = {name: root for name, root in directories.items() if any(map(Storage(root).exists, _CONTENT[name]))}
+    return Run(
+        directories=present,
+        missing={name: root for name, root in directories.items() if name not in present},
+        fingerprint=_fingerprint(present),
+        records={name: record for name, root in present.items() if (record := read_record(root)) is not None},
+        documents=_dataset(present, "documents"),
+        patches=_dataset(present, "patches"),
+        calibration=read_calibration(present["calibration"]) if "calibration" in present else None,
+        evaluation=_read(present, "evaluation", EVALUATION_PATH, Evaluation),
+        sample=_read(present, "sample", SAMPLE_PATH, Sample),
+        metrics={name: _metrics(present[name]) for name in ("entropy_model", "model") if name in present},
+    )
+
+
+def _dataset(present: Mapping[str, str], kind: str) -> Manifest | None:
+    if kind not in present:
+        return None
+    manifest = read_manifest(present[kind])
+    if manifest.kind != kind:
+        raise DataError(f"{present[kind]} is a dataset of {manifest.kind}, expected one of {kind}")
+    return manifest
+
+
+def _read(present: Mapping[str, str], part: str, path: str, kind: type[Content]) -> Content | None:
+    """The JSON file `path` of a part; keys that `kind` does not have are passed over."""
+    if part not in present:
+        return None
+    storage = Storage(present[part])
+    try:
+        return msgspec.json.decode(storage.read_bytes(path), type=kind)
+    except (ValueError, OSError) as error:
+        raise DataError(f"cannot read {storage.url(path)}: {error}") from error
+
+
+def _metrics(root: str) -> tuple[Mapping[str, float], ...]:
+    try:
+        return tuple(read_metrics(root))
+    except ValueError as error:
+        raise DataError(f"cannot read {Path(root) / METRICS_NAME}: {error}") from error
+
+
+def _fingerprint(present: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for name, root in sorted(present.items()):
+        storage = Storage(root)
+        for path in (RECORD_NAME, *_CONTENT[name]):
+            data = storage.read_bytes(path) if storage.exists(path) else b""
+            digest.update(f"{name}/{path}:{len(data)}:".encode() + data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFigures:
+    """What one command took."""
+
+    command: str
+    seconds: float
+    """All of it, starts included."""
+    bytes: int | None
+    """Bytes it worked on: of documents, or of training targets."""
+    working_bytes_per_second: float | None
+    """Of the work proper, as the stage itself measured it: training steps, evaluated bytes; None if it did not."""
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        return self.bytes / self.seconds if self.bytes and self.seconds else None
+
+
+def stages(run: Run) -> tuple[StageFigures, ...]:
+    """The finished commands of a run, in order."""
+    return tuple(_stage(run, name) for name in COMMANDS if name in run.records)
+
+
+def _stage(run: Run, name: str) -> StageFigures:
+    result = run.records[name].result
+    working = result.figures.get("bytes_per_second")
+    num_bytes = result.bytes
+    if name == "evaluation" and run.evaluation is not None:
+        working = run.evaluation.bytes_per_second or working
+        num_bytes = num_bytes or run.evaluation.bytes
+    return StageFigures(
+        command=COMMANDS[name],
+        seconds=result.seconds,
+        bytes=num_bytes,
+        working_bytes_per_second=working if isinstance(working, int | float) else None,
+    )
+
+
+def continuation(sample: Sample) -> str:
+    """What follows the prompt, whether or not `text` repeats it."""
+    return sample.text.removeprefix(sample.prompt) if sample.prompt else sample.text

@@ -1,0 +1,39 @@
+"""What an evaluation is asked to do, apart from the model and the data."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from blt.errors import ConfigError
+from pipelines.manifest import Split
+from pipelines.patch.pool import ActorPoolConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ActorPoolConfig):
+    """Windows in which the model reads the documents, and the actors that compute them."""
+
+    split: Split = "valid"
+    """Which documents are scored."""
+    sequence_patches: int = 2048
+    """S: most patches of a window; as in training, unless the model is to be judged at another length."""
+    sequence_bytes: int = 8192
+    """T: most bytes of a window."""
+    batch_bytes: int = 32768
+    """Bytes of windows computed at once, padding included; one window if it is longer."""
+    bootstrap_resamples: int = 1000
+    """Resamples of the documents behind the 95 % confidence interval."""
+    seed: int = 0
+    """Of the resamples."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the models run."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of both models' weights; the loss is always summed in float64."""
+    row_bytes: int = 8192
+    """Bytes of one row of the entropy model, which is scored on the same documents."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = {"sequence_patches": 2, "sequence_bytes": 1, "batch_bytes": 1, "bootstrap_resamples": 1, "seed": 0}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ConfigError(f"{name} must be at least {smallest}, got {getattr(self, name)}")

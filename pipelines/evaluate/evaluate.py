@@ -1,0 +1,171 @@
+"""Bits per byte of a BLT on a split of a patch dataset: the row groups to an actor pool, per-document sums back.
+
+What comes out does not depend on the number of actors: a row group is computed alone, and the sums are added in stored
+order. Counts are held against the manifest, so no document is left out or scored twice.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+import numpy as np
+
+from blt.checkpoint import LanguageModelConfig, language_model_config, language_model_fingerprint
+from blt.errors import CheckpointError, ConfigError, DataError
+from blt.loss import bits_per_byte
+from pipelines.evaluate.actor import EvaluateActor, EvaluateUnit, UnitScores
+from pipelines.evaluate.baselines import baseline_bpb
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.evaluation import Evaluation, SourceFigures, bootstrap_interval
+from pipelines.manifest import Manifest, Patching, ShardEntry, read_manifest
+from pipelines.patch.pool import run_units
+from pipelines.storage import Storage
+from pipelines.train.row_group import num_row_groups
+
+
+def evaluate(
+    config: EvaluateConfig,
+    model: str,
+    data: str,
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+) -> Evaluation:
+    """Score the BLT of the directory `model` on `config.split` of the patch dataset `data`, and the baselines.
+
+    `on_progress` is called with the document bytes of each finished row group. Ray must be initialised. ConfigError
+    for a dataset whose patches are not the model's, DataError or CheckpointError for what is broken.
+    """
+    started = time.perf_counter()
+    manifest, storage = read_manifest(data), Storage(data)
+    check_patching(manifest, data, language_model_config(model), model)
+    shards = manifest.split(config.split)
+    num_bytes = sum(shard.bytes for shard in shards)
+    if not num_bytes:
+        raise DataError(f"{data}: the {config.split} split holds no bytes to score")
+    units = [
+        EvaluateUnit(path=shard.path, row_group=number)
+        for shard in shards
+        for number in range(num_row_groups(storage, shard.path))
+    ]
+    scores = _score_units(config, units, model, storage, on_progress)
+    _check_counts(shards, scores, storage)
+    baselines = baseline_bpb(storage.root_uri, [shard.path for shard in shards], num_bytes)
+    documents = _Documents(scores)
+    if not np.isfinite(documents.nats).all():
+        raise CheckpointError(f"{model}: the model's loss is not finite on {data}")
+    low, high = bootstrap_interval(documents.nats, documents.bytes, config.bootstrap_resamples, config.seed)
+    total = documents.figures(np.ones(len(documents.nats), np.bool_), "")
+    assert total.bpb is not None
+    return Evaluation(
+        documents=total.documents,
+        bytes=total.bytes,
+        patches=total.patches,
+        mean_patch_bytes=total.mean_patch_bytes,
+        nats=total.nats,
+        bpb=total.bpb,
+        bpb_low=low,
+        bpb_high=high,
+        seconds=time.perf_counter() - started,
+        bytes_per_second=num_bytes / sum(part.scoring_seconds for part in scores),
+        baselines=baselines,
+        entropy_model_bpb=total.entropy_model_bpb,
+        per_source=tuple(documents.figures(documents.sources == name, name) for name in np.unique(documents.sources)),
+        split=config.split,
+        sequence_patches=config.sequence_patches,
+        sequence_bytes=config.sequence_bytes,
+        model=language_model_fingerprint(model),
+        data=manifest.fingerprint,
+    )
+
+
+def check_patching(manifest: Manifest, data: str, model: LanguageModelConfig, directory: str) -> None:
+    """ConfigError, naming what differs, unless the patches of `data` are those that the model was trained on."""
+    patching = manifest.patching
+    if patching is None:
+        raise DataError(f"{data} holds {manifest.kind}, but evaluation needs patches (the output of blt patch)")
+    there, here = _identity(patching), _identity_of_model(model)
+    names = [name for name in there if there[name] != here[name]]
+    if names:
+        differing = "; ".join(f"{name} is {there[name]} there, {here[name]} for the model" for name in names)
+        raise ConfigError(
+            f'key "data": the patches of {data} are not those that the model {directory} was trained on: {differing} '
+            "(patch the documents with the model's entropy model and rule)"
+        )
+
+
+def _identity(patching: Patching) -> Mapping[str, str]:
+    """What must agree, each by a name and a short text that tells two of them apart."""
+    rule = {f"rule.{name}": str(value) for name, value in msgspec.to_builtins(patching.rule).items()}
+    model, reset = patching.entropy_model, patching.reset_on_newline
+    return {"entropy_model": str(model and model[:12]), **rule, "reset_on_newline": str(reset)}
+
+
+def _identity_of_model(model: LanguageModelConfig) -> Mapping[str, str]:
+    return _identity(
+        Patching(
+            entropy_model=model.entropy_fingerprint if model.patch_rule.needs_entropies else None,
+            rule=model.patch_rule,
+            reset_on_newline=model.reset_on_newline,
+            dtype="",
+            device="",
+        )
+    )
+
+
+def _score_units(
+    config: EvaluateConfig,
+    units: Sequence[EvaluateUnit],
+    model: str,
+    storage: Storage,
+    on_progress: Callable[[int], None],
+) -> list[UnitScores]:
+    """The scores of all units, in their order."""
+    found: dict[EvaluateUnit, UnitScores] = {}
+    items = [{"unit": msgspec.json.encode(unit).decode()} for unit in units]
+    arguments = {"config": config, "model": os.path.abspath(model), "data": storage.root_uri}
+    for row in run_units(items, EvaluateActor, arguments, config):
+        scores = msgspec.json.decode(row["scores"], type=UnitScores)
+        found[scores.unit] = scores
+        on_progress(sum(scores.bytes))
+    return [found[unit] for unit in units]
+
+
+def _check_counts(shards: Sequence[ShardEntry], scores: Sequence[UnitScores], storage: Storage) -> None:
+    """DataError unless documents, bytes and patches of every shard are the manifest's."""
+    for shard in shards:
+        parts = [part for part in scores if part.unit.path == shard.path]
+        counted = tuple(sum(values) for values in zip(*((len(p.bytes), sum(p.bytes), sum(p.patches)) for p in parts)))
+        expected = (shard.documents, shard.bytes, shard.patches)
+        if (counted or (0, 0, 0)) != expected:
+            raise DataError(
+                f"shard {storage.url(shard.path)} holds {counted} documents, bytes and patches; "
+                f"the manifest says {expected}"
+            )
+
+
+class _Documents:
+    """All scored documents in stored order, one array each."""
+
+    def __init__(self, scores: Sequence[UnitScores]) -> None:
+        self.sources = np.asarray([source for part in scores for source in part.sources])
+        self.bytes = np.asarray([value for part in scores for value in part.bytes], np.int64)
+        self.nats = np.asarray([value for part in scores for value in part.nats], np.float64)
+        self._patches = np.asarray([value for part in scores for value in part.patches], np.int64)
+        self._entropy_model_nats = [part.entropy_model_nats for part in scores]
+
+    def figures(self, chosen: "np.typing.NDArray[np.bool_]", name: str) -> SourceFigures:
+        """The sums over the chosen documents."""
+        num_bytes, patches = int(self.bytes[chosen].sum()), int(self._patches[chosen].sum())
+        nats = float(self.nats[chosen].sum())
+        entropy_nats = [value for part in self._entropy_model_nats if part is not None for value in part]
+        by_entropy_model = float(np.asarray(entropy_nats)[chosen].sum()) if entropy_nats else None
+        return SourceFigures(
+            source=str(name),
+            documents=int(chosen.sum()),
+            bytes=num_bytes,
+            patches=patches,
+            mean_patch_bytes=num_bytes / patches if patches else 0.0,
+            nats=nats,
+            bpb=bits_per_byte(nats, num_bytes) if num_bytes else None,
+            entropy_model_bpb=bits_per_byte(by_entropy_model, num_bytes) if by_entropy_model and num_bytes else None,
+        )

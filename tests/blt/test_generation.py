@@ -1,0 +1,242 @@
+"""Generation: online patches equal offline ones, and the bytes are those of the model asked step by step."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from blt.checkpoint import LanguageModel
+from blt.entropy_model import STREAM_BYTES, EntropyModel, document_entropies
+from blt.errors import ConfigError
+from blt.generation import PrefixDecoder, generate, stream
+from blt.online_patches import EntropyStream, OnlinePatches
+from blt.patching import PatchRule, document_patch_starts
+from blt.sampling import Sampling, next_id
+from blt.vocabulary import BOE, BOS, BPE_DELIMITER, BYTE_OFFSET, EOS, VOCABULARY_SIZE, encode
+
+Build = Callable[..., LanguageModel]
+TEXT = b"Four score\nand seven years ago \xc3\xa9\xff\x00\n\nour fathers brought forth, 1863 -- a new nation.\n"
+RULES = {
+    "entropy": PatchRule(threshold=5.2, max_patch_length=5),
+    "monotonic": PatchRule(threshold=0.02, monotonic=True),
+    "threshold_add": PatchRule(threshold=5.1, threshold_add=0.01, max_patch_length=7),
+    "space": PatchRule(kind="space", max_patch_length=4),
+    "fixed": PatchRule(kind="fixed", patch_size=3),
+    "byte": PatchRule(kind="byte"),
+}
+
+
+def in_a_gap(entropies: torch.Tensor, rule: PatchRule) -> PatchRule:
+    """The rule with its threshold moved to the middle of the widest gap near it, where 1e-4 nats decide nothing."""
+    values = entropies[1:] - entropies[:-1] if rule.monotonic else entropies
+    values = values.sort().values
+    middle = len(values) // 4 + int((values[1:] - values[:-1])[len(values) // 4 : -len(values) // 4].argmax())
+    return replace(rule, threshold=float((values[middle] + values[middle + 1]) / 2))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_streamed_entropies_are_those_of_the_document(small_entropy_model: EntropyModel, reset: bool) -> None:
+    document = TEXT * 3
+    (expected,) = document_entropies(small_entropy_model, [document], reset_on_newline=reset)
+    streamed = EntropyStream(small_entropy_model, reset)
+    with torch.inference_mode():
+        pieces = [streamed.feed(torch.tensor([BOS])), streamed.feed(encode(document[:50]))]
+        pieces += [streamed.feed(encode(document[i : i + 1])) for i in range(50, len(document))]
+    # The tolerance that documents' entropies are promised to.
+    assert torch.allclose(torch.cat(pieces), expected, rtol=0, atol=1e-4)
+
+
+def test_streamed_entropies_of_a_long_document(small_entropy_model: EntropyModel) -> None:
+    document = (TEXT * (STREAM_BYTES // len(TEXT) * 2 + 2))[: 2 * STREAM_BYTES + 100]
+    (expected,) = document_entropies(small_entropy_model, [document])
+    streamed = EntropyStream(small_entropy_model, False)
+    ids = torch.cat((torch.tensor([BOS]), encode(document)))
+    cuts = [1, STREAM_BYTES - 2, *range(STREAM_BYTES - 1, STREAM_BYTES + 20), 2 * STREAM_BYTES + 3]
+    with torch.inference_mode():
+        pieces = [streamed.feed(piece) for piece in ids.tensor_split(cuts)]
+    assert torch.allclose(torch.cat(pieces), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("reset", [False, True])
+def test_online_patches_are_the_offline_patches(language_model: Build, name: str, reset: bool) -> None:
+    entropy_model, rule = language_model().entropy_model, RULES[name]
+    assert entropy_model is not None
+    (entropies,) = document_entropies(entropy_model, [TEXT], reset_on_newline=reset)
+    if rule.kind == "entropy":
+        rule = in_a_gap(entropies, rule)
+    offline = document_patch_starts(TEXT, entropies if rule.needs_entropies else None, rule)
+    online = OnlinePatches(rule, entropy_model, reset)
+    with torch.inference_mode():
+        for i in range(len(TEXT) + 1):
+            assert torch.equal(online.starts(), offline[: i + 1]), f"after {i} bytes"
+            lengths = online.lengths()
+            assert int(lengths[0]) == 1
+            assert int(lengths.sum()) == i + 2
+            online.feed(TEXT[i : i + 1])
+    assert 0 < int(offline.sum()) <= len(TEXT) + 1
+
+
+def naive_greedy(lm: LanguageModel, prompt: bytes, count: int) -> bytes:
+    """Whole documents through the public offline functions, one more byte each time."""
+    document = prompt
+    for _ in range(count):
+        entropies = None
+        if lm.patch_rule.needs_entropies:
+            assert lm.entropy_model is not None
+            (entropies,) = document_entropies(lm.entropy_model, [document], reset_on_newline=lm.reset_on_newline)
+        starts = [0, *(document_patch_starts(document, entropies, lm.patch_rule).nonzero().flatten() + 1).tolist()]
+        lengths = [end - start for start, end in zip(starts, [*starts[1:], len(document) + 2], strict=True)]
+        ids = torch.cat((torch.tensor([BOS]), encode(document)))
+        with torch.no_grad():
+            logits = lm.model(ids[None], torch.tensor([lengths]))[0, -1]
+        logits[[BOE, BOS, BPE_DELIMITER]] = -torch.inf
+        chosen = int(logits.argmax())
+        if chosen == EOS:
+            break
+        document += bytes([chosen - BYTE_OFFSET])
+    return document[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("prompt", [b"", b"x", b"Four\nscore"])
+def test_greedy_is_the_naive_loop(language_model: Build, name: str, prompt: bytes) -> None:
+    lm = language_model(RULES[name], reset_on_newline=True)
+    assert generate(lm, prompt, max_new_bytes=12) == naive_greedy(lm, prompt, 12)
+
+
+def test_several_prompts_are_their_single_runs(language_model: Build) -> None:
+    lm, prompts = language_model(), [b"", b"a longer prompt", b"\xff\x00", b"a longer prompt"]
+    sampled = generate(lm, prompts, max_new_bytes=10, temperature=0.8, top_k=40, top_p=0.9, seed=7)
+    assert sampled == [generate(lm, p, max_new_bytes=10, temperature=0.8, top_k=40, top_p=0.9, seed=7) for p in prompts]
+    assert generate(lm, [], max_new_bytes=10) == []
+
+
+def test_seed_fixes_the_draws(language_model: Build) -> None:
+    lm = language_model()
+    runs = [generate(lm, b"seed", max_new_bytes=12, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+    assert generate(lm, b"seed", max_new_bytes=3, temperature=1.0) is not None
+
+
+def test_stream_joins_to_generate_one_byte_at_a_time(language_model: Build) -> None:
+    lm = language_model()
+    pieces = list(stream(lm, b"stream", max_new_bytes=9, temperature=1.0, seed=3))
+    assert [len(piece) for piece in pieces] == [1] * 9
+    assert b"".join(pieces) == generate(lm, b"stream", max_new_bytes=9, temperature=1.0, seed=3)
+    assert list(stream(lm, b"stream", max_new_bytes=0)) == []
+
+
+class Scripted:
+    """Stands for a decoder whose next bytes are known."""
+
+    def __init__(self, answer: bytes, ends: bool = False) -> None:
+        self.ids = [byte + BYTE_OFFSET for byte in answer] + [EOS] * ends
+
+    def feed(self, new: bytes) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(self.ids.pop(0)), VOCABULARY_SIZE).float()
+
+
+@pytest.mark.parametrize(
+    ("answer", "stop", "expected"),
+    [
+        (b"aaabcd", [b"aab"], b"a"),
+        (b"abcabd!", [b"abd"], b"abc"),
+        (b"one\n\ntwo", b"\n\n", b"one"),
+        (b"abcd", [b"cd", b"bcd", b"d"], b"a"),
+        (b"abcd", [b"bx", b"c"], b"ab"),
+        (b"abcd", [b"de"], b"abcd"),
+        (b"stop", [b"stop"], b""),
+    ],
+)
+def test_stop_strings_end_the_output_and_are_not_part_of_it(
+    language_model: Build, monkeypatch: pytest.MonkeyPatch, answer: bytes, stop: bytes | list[bytes], expected: bytes
+) -> None:
+    monkeypatch.setattr("blt.generation.PrefixDecoder", lambda lm: Scripted(answer))
+    lm = language_model()
+    assert generate(lm, b"", max_new_bytes=len(answer), stop=stop) == expected
+    pieces = list(stream(lm, b"", max_new_bytes=len(answer), stop=stop))
+    assert b"".join(pieces) == expected
+    assert all(pieces)
+
+
+def test_eos_ends_the_output(language_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blt.generation.PrefixDecoder", lambda lm: Scripted(b"end", ends=True))
+    assert generate(language_model(), b"", max_new_bytes=99, stop=[b"dx"]) == b"end"
+
+
+def test_specials_but_eos_are_never_chosen() -> None:
+    logits = torch.full((VOCABULARY_SIZE,), -50.0)
+    logits[[BOE, BOS, BPE_DELIMITER]] = 50.0
+    logits[EOS] = 1.0
+    for temperature in (0.0, 1.0, 100.0):
+        sampling = Sampling(temperature=temperature, seed=0)
+        assert next_id(logits.clone(), sampling, sampling.generator()) in {EOS, *range(BYTE_OFFSET, VOCABULARY_SIZE)}
+    assert next_id(logits, Sampling(), Sampling(seed=0).generator()) == EOS
+
+
+def draws(sampling: Sampling, logits: torch.Tensor, count: int = 4000) -> torch.Tensor:
+    generator = sampling.generator()
+    chosen = [next_id(logits, sampling, generator) - BYTE_OFFSET for _ in range(count)]
+    return torch.bincount(torch.tensor(chosen), minlength=4).double() / count
+
+
+def test_sampling_follows_the_softmax_cut_by_top_k_and_top_p() -> None:
+    logits = torch.full((VOCABULARY_SIZE,), -torch.inf)
+    probabilities = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
+    logits[BYTE_OFFSET : BYTE_OFFSET + 4] = probabilities.log().float()
+    expected = {
+        (1.0, None, None): probabilities,
+        (0.5, None, None): probabilities**2,
+        (1.0, 2, None): torch.tensor([0, 0.4, 0.3, 0]),
+        (1.0, None, 0.65): torch.tensor([0, 0.4, 0.3, 0]),
+        (1.0, None, 0.75): torch.tensor([0, 0.4, 0.3, 0.2]),
+        (1.0, 3, 0.5): torch.tensor([0, 0.4, 0.3, 0]),
+        (1.0, None, 1e-9): torch.tensor([0, 1.0, 0, 0]),
+        (1.0, 500, 1.0): probabilities,
+        (1e-300, None, None): torch.tensor([0, 1.0, 0, 0]),
+    }
+    for (temperature, top_k, top_p), weights in expected.items():
+        found = draws(Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=0), logits)
+        # 4000 draws: a standard error is at most 0.008.
+        assert torch.allclose(found, weights.double() / weights.sum(), atol=0.035)
+        assert bool(((weights == 0) <= (found == 0)).all())
+
+
+def test_decoding_leaves_the_model_trainable(language_model: Build) -> None:
+    lm = language_model()
+    logits = PrefixDecoder(lm).feed(b"abc")
+    assert not logits.requires_grad
+    ids = torch.tensor([[BOS, 70, 71]])
+    lm.model(ids, torch.ones(1, 4, dtype=torch.int64)).sum().backward()
+    assert all(p.grad is not None for p in lm.model.local_decoder.blocks.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": "text"}, "must be bytes, got str"),
+        ({"prompts": [b"a", "text"]}, "prompts must be bytes, got str"),
+        ({"max_new_bytes": -1}, "max_new_bytes"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"stop": [b""]}, "empty"),
+        ({"stop": "text"}, "stop must be bytes"),
+    ],
+)
+def test_arguments_out_of_range(language_model: Build, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        generate(language_model(), **({"prompts": b"a"} | arguments))  # type: ignore[arg-type]
+
+
+def test_rules_that_cannot_be_followed_are_refused_before_the_first_byte(language_model: Build) -> None:
+    with pytest.raises(ConfigError, match="top_k looks ahead"):
+        stream(language_model(PatchRule(kind="top_k", patch_size=4)), b"a")
+    with pytest.raises(ConfigError, match="needs the entropy model"):
+        stream(replace(language_model(), entropy_model=None), b"a")
+    space = replace(language_model(PatchRule(kind="space")), entropy_model=None)
+    assert len(generate(space, b"a", max_new_bytes=3)) <= 3
