@@ -92,6 +92,8 @@ def _embedded(num_cpus: int | None, object_store_bytes: int) -> Iterator[None]:
             object_store_memory=object_store_bytes,
             include_dashboard=False,
             logging_level=logging.WARNING,
+            # Workers say much that is of no use here; what goes wrong in them comes back as an exception.
+            log_to_driver=False,
             _temp_dir=directory,
         )
         _leave_on_sigterm()

@@ -70,7 +70,8 @@ def lay_out(passage: Passage, entropies: Sequence[float] | None, threshold: floa
     cells = list(_cells(passage, entropies))
     top = _scale(entropies, threshold)
     curve = _Curve(cells, entropies, threshold, top)
-    pieces = [_piece(passage, group, curve) for group in _pieces(cells, passage.starts)]
+    patch_of = list(itertools.accumulate(passage.starts))
+    pieces = [_piece(passage, group, curve, patch_of) for group in _pieces(cells, passage.starts)]
     share = threshold / top if threshold is not None and entropies and 0 <= threshold <= top else None
     return Layout(words=tuple(_words(pieces)), top_nats=top, threshold_share=share)
 
@@ -181,11 +182,11 @@ def _pieces(cells: Sequence[Cell], starts: Sequence[bool]) -> Iterator[list[Cell
         yield held
 
 
-def _piece(passage: Passage, cells: Sequence[Cell], curve: _Curve) -> Piece:
+def _piece(passage: Passage, cells: Sequence[Cell], curve: _Curve, patch_of: Sequence[int]) -> Piece:
     first, last = cells[0].first, cells[-1].first + cells[-1].num_bytes
     return Piece(
         cells=tuple(cells),
-        colour=(sum(passage.starts[: first + 1]) - 1) % NUM_COLOURS,
+        colour=patch_of[first] % NUM_COLOURS,
         opens=passage.starts[first],
         closes=last == len(passage.text) or passage.starts[last],
         columns=sum(cell.columns for cell in cells),

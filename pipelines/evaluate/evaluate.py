@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from blt.checkpoint import LanguageModelConfig, language_model_config, language_model_fingerprint
 from blt.errors import CheckpointError, ConfigError, DataError
@@ -18,6 +19,7 @@ from pipelines.evaluate.actor import EvaluateActor, EvaluateUnit, UnitScores
 from pipelines.evaluate.baselines import baseline_bpb
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.evaluation import Evaluation, SourceFigures, bootstrap_interval
+from pipelines.evaluate.scoring import Nats
 from pipelines.manifest import Manifest, Patching, ShardEntry, read_manifest
 from pipelines.patch.pool import run_units
 from pipelines.storage import Storage
@@ -42,40 +44,39 @@ def evaluate(
     num_bytes = sum(shard.bytes for shard in shards)
     if not num_bytes:
         raise DataError(f"{data}: the {config.split} split holds no bytes to score")
-    units = [
-        EvaluateUnit(path=shard.path, row_group=number)
-        for shard in shards
-        for number in range(num_row_groups(storage, shard.path))
-    ]
-    scores = _score_units(config, units, model, storage, on_progress)
+    scores = _score_units(config, _units(shards, storage), model, storage, on_progress)
     _check_counts(shards, scores, storage)
-    baselines = baseline_bpb(storage.root_uri, [shard.path for shard in shards], num_bytes)
     documents = _Documents(scores)
     if not np.isfinite(documents.nats).all():
-        raise CheckpointError(f"{model}: the model's loss is not finite on {data}")
+        raise CheckpointError(f"{model}: the loss of this model on {data} is not finite")
     low, high = bootstrap_interval(documents.nats, documents.bytes, config.bootstrap_resamples, config.seed)
-    total = documents.figures(np.ones(len(documents.nats), np.bool_), "")
-    assert total.bpb is not None
+    total = documents.total()
     return Evaluation(
         documents=total.documents,
         bytes=total.bytes,
         patches=total.patches,
         mean_patch_bytes=total.mean_patch_bytes,
         nats=total.nats,
-        bpb=total.bpb,
+        bpb=bits_per_byte(total.nats, total.bytes),
         bpb_low=low,
         bpb_high=high,
+        baselines=baseline_bpb(storage.root_uri, [shard.path for shard in shards], num_bytes),
+        entropy_model_bpb=total.entropy_model_bpb,
+        per_source=documents.by_source(),
         seconds=time.perf_counter() - started,
         bytes_per_second=num_bytes / sum(part.scoring_seconds for part in scores),
-        baselines=baselines,
-        entropy_model_bpb=total.entropy_model_bpb,
-        per_source=tuple(documents.figures(documents.sources == name, name) for name in np.unique(documents.sources)),
         split=config.split,
         sequence_patches=config.sequence_patches,
         sequence_bytes=config.sequence_bytes,
         model=language_model_fingerprint(model),
         data=manifest.fingerprint,
     )
+
+
+def _units(shards: Sequence[ShardEntry], storage: Storage) -> list[EvaluateUnit]:
+    """Every row group, in stored order."""
+    counts = [(shard.path, num_row_groups(storage, shard.path)) for shard in shards]
+    return [EvaluateUnit(path=path, row_group=number) for path, count in counts for number in range(count)]
 
 
 def check_patching(manifest: Manifest, data: str, model: LanguageModelConfig, directory: str) -> None:
@@ -132,14 +133,15 @@ def _score_units(
 
 def _check_counts(shards: Sequence[ShardEntry], scores: Sequence[UnitScores], storage: Storage) -> None:
     """DataError unless documents, bytes and patches of every shard are the manifest's."""
+    counted = {shard.path: np.zeros(3, np.int64) for shard in shards}
+    for part in scores:
+        counted[part.unit.path] += (len(part.bytes), sum(part.bytes), sum(part.patches))
     for shard in shards:
-        parts = [part for part in scores if part.unit.path == shard.path]
-        counted = tuple(sum(values) for values in zip(*((len(p.bytes), sum(p.bytes), sum(p.patches)) for p in parts)))
-        expected = (shard.documents, shard.bytes, shard.patches)
-        if (counted or (0, 0, 0)) != expected:
+        found, stated = counted[shard.path].tolist(), [shard.documents, shard.bytes, shard.patches]
+        if found != stated:
             raise DataError(
-                f"shard {storage.url(shard.path)} holds {counted} documents, bytes and patches; "
-                f"the manifest says {expected}"
+                f"shard {storage.url(shard.path)} holds {found} documents, bytes and patches; "
+                f"the manifest says {stated}"
             )
 
 
@@ -147,25 +149,32 @@ class _Documents:
     """All scored documents in stored order, one array each."""
 
     def __init__(self, scores: Sequence[UnitScores]) -> None:
-        self.sources = np.asarray([source for part in scores for source in part.sources])
         self.bytes = np.asarray([value for part in scores for value in part.bytes], np.int64)
         self.nats = np.asarray([value for part in scores for value in part.nats], np.float64)
+        self._sources = np.asarray([source for part in scores for source in part.sources])
         self._patches = np.asarray([value for part in scores for value in part.patches], np.int64)
-        self._entropy_model_nats = [part.entropy_model_nats for part in scores]
+        entropy_nats = [value for part in scores for value in part.entropy_model_nats or ()]
+        self._entropy_nats = np.asarray(entropy_nats, np.float64) if entropy_nats else None
 
-    def figures(self, chosen: "np.typing.NDArray[np.bool_]", name: str) -> SourceFigures:
-        """The sums over the chosen documents."""
+    def total(self) -> SourceFigures:
+        return self._figures("", np.ones(len(self.bytes), np.bool_))
+
+    def by_source(self) -> tuple[SourceFigures, ...]:
+        return tuple(self._figures(str(name), self._sources == name) for name in np.unique(self._sources))
+
+    def _figures(self, name: str, chosen: npt.NDArray[np.bool_]) -> SourceFigures:
         num_bytes, patches = int(self.bytes[chosen].sum()), int(self._patches[chosen].sum())
-        nats = float(self.nats[chosen].sum())
-        entropy_nats = [value for part in self._entropy_model_nats if part is not None for value in part]
-        by_entropy_model = float(np.asarray(entropy_nats)[chosen].sum()) if entropy_nats else None
+
+        def bpb(nats: Nats | None) -> float | None:
+            return bits_per_byte(float(nats[chosen].sum()), num_bytes) if nats is not None and num_bytes else None
+
         return SourceFigures(
-            source=str(name),
+            source=name,
             documents=int(chosen.sum()),
             bytes=num_bytes,
             patches=patches,
             mean_patch_bytes=num_bytes / patches if patches else 0.0,
-            nats=nats,
-            bpb=bits_per_byte(nats, num_bytes) if num_bytes else None,
-            entropy_model_bpb=bits_per_byte(by_entropy_model, num_bytes) if by_entropy_model and num_bytes else None,
+            nats=float(self.nats[chosen].sum()),
+            bpb=bpb(self.nats),
+            entropy_model_bpb=bpb(self._entropy_nats),
         )

@@ -1,0 +1,138 @@
+"""The page: one HTML file that needs nothing else, no script and no network, in light and dark and on paper.
+
+In: a `Run` and what was read from its patch dataset. Out: the text of the page. Every text goes through the
+template's escaping; there is no markup in this module.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import yaml
+
+from jobs.report_chart import Chart, calibration_chart, histogram, training_charts
+from jobs.report_passage import COLUMN_WIDTH, CURVE_HEIGHT, Layout, lay_out
+from jobs.report_patches import Passage, PatchLengths
+from jobs.report_run import COMMANDS, Run, continuation
+from jobs.report_table import Comparison, comparisons, headline, stage_rows, summary_rows
+
+TEMPLATES = Path(__file__).parent / "templates"
+_TEMPLATE = "report.html.jinja"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchView:
+    """What the page shows of a patch dataset."""
+
+    lengths: PatchLengths
+    passage: Passage | None
+    entropies: tuple[float, ...] | None
+    """Nats, one per byte of the passage; None if there is no entropy model to compute them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a part of the run came from."""
+
+    part: str
+    command: str
+    directory: str
+    fingerprints: tuple[tuple[str, str], ...]
+    config: str
+    """YAML; empty without a record."""
+
+
+def render(run: Run, title: str, view: PatchView | None, left_out: Sequence[str]) -> str:
+    """The page of a run; `left_out` says in words what could not be shown."""
+    rule = run.patches.patching.rule if run.patches is not None and run.patches.patching is not None else None
+    threshold = rule.threshold if rule is not None and rule.kind == "entropy" and not rule.monotonic else None
+    layout: Layout | None = None
+    if view is not None and view.passage is not None:
+        layout = lay_out(view.passage, view.entropies, threshold)
+    return _environment().get_template(_TEMPLATE).render(
+        title=title,
+        run=run,
+        headline=headline(run),
+        rows=summary_rows(run),
+        stages=stage_rows(run),
+        comparisons=_bars(run),
+        view=view,
+        layout=layout,
+        threshold=threshold,
+        histogram=histogram(view.lengths) if view is not None else None,
+        trainings=_trainings(run),
+        calibration=calibration_chart(run.calibration) if run.calibration is not None else None,
+        continuation=continuation(run.sample) if run.sample is not None else None,
+        sources=_sources(run),
+        left_out=left_out,
+        column_width=COLUMN_WIDTH,
+        curve_height=CURVE_HEIGHT,
+    )
+
+
+def template_fingerprint() -> str:
+    """Hex sha256 of the templates: a page made with others is not up to date."""
+    digest = hashlib.sha256()
+    for path in sorted(TEMPLATES.iterdir()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def _trainings(run: Run) -> list[Chart]:
+    references: dict[str, float] = {}
+    if run.evaluation is not None:
+        references = {f"{name} of the held-out text": bpb for name, bpb in run.evaluation.baselines.items()}
+    return [
+        chart
+        for part, name in (("model", "BLT"), ("entropy_model", "Entropy model"))
+        for chart in training_charts(name, run.metrics.get(part, ()), references)
+    ]
+
+
+def _bars(run: Run) -> list[tuple[Comparison, float]]:
+    """What was compared, and the length of each bar in percent."""
+    found = comparisons(run)
+    longest = max((row.bpb for row in found), default=0.0) or math.inf
+    return [(row, round(100 * row.bpb / longest, 1)) for row in found]
+
+
+def _sources(run: Run) -> list[Source]:
+    return [_source(run, part) for part in COMMANDS if part in run.directories]
+
+
+def _source(run: Run, part: str) -> Source:
+    record = run.records.get(part)
+    fingerprints = []
+    dataset = {"documents": run.documents, "patches": run.patches}.get(part)
+    if dataset is not None:
+        fingerprints.append(("dataset", dataset.fingerprint))
+        if dataset.patching is not None and dataset.patching.entropy_model is not None:
+            fingerprints.append(("entropy model", dataset.patching.entropy_model))
+    if part == "calibration" and run.calibration is not None:
+        fingerprints.append(("entropy model", run.calibration.entropy_model))
+        fingerprints.append(("documents", run.calibration.documents))
+    if record is not None:
+        fingerprints.append(("configuration and inputs", record.fingerprint))
+    return Source(
+        part=part,
+        command=COMMANDS[part],
+        directory=run.directories[part],
+        fingerprints=tuple(fingerprints),
+        config=yaml.safe_dump(dict(record.config), sort_keys=False, allow_unicode=True) if record is not None else "",
+    )
