@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,6 @@ from jobs.report_run import COMMANDS, MODEL_CONFIG_PATH, Run, read_run, run_dire
 from pipelines.storage import Storage
 
 logger = logging.getLogger(__name__)
-
-_FINGERPRINT_LABEL = "report-fingerprint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,5 +165,10 @@ def _is_current(output: Path, fingerprint: str) -> bool:
 
 def _write(output: Path, page: str) -> None:
     """Replace the file at once, so that a reader finds it whole."""
-    storage = Storage(str(output.parent))
-    storage.write_replace(output.name, page.encode("utf-8", errors="backslashreplace"))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)

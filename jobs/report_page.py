@@ -7,6 +7,7 @@ template's escaping; there is no markup in this module.
 import functools
 import hashlib
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,8 @@ class Source:
     """YAML; empty without a record."""
 
 
-def render(run: Run, title: str, view: PatchView | None, left_out: Sequence[str]) -> str:
-    """The page of a run; `left_out` says in words what could not be shown."""
+def render(run: Run, title: str, view: PatchView | None, left_out: Sequence[str], fingerprint: str) -> str:
+    """The page of a run; `left_out` says in words what could not be shown, `fingerprint` is written at the top."""
     rule = run.patches.patching.rule if run.patches is not None and run.patches.patching is not None else None
     threshold = rule.threshold if rule is not None and rule.kind == "entropy" and not rule.monotonic else None
     layout: Layout | None = None
@@ -55,6 +56,7 @@ def render(run: Run, title: str, view: PatchView | None, left_out: Sequence[str]
         layout = lay_out(view.passage, view.entropies, threshold)
     return _environment().get_template(_TEMPLATE).render(
         title=title,
+        fingerprint=fingerprint,
         run=run,
         headline=headline(run),
         rows=summary_rows(run),
@@ -82,9 +84,17 @@ def template_fingerprint() -> str:
     return digest.hexdigest()
 
 
+def visible(text: str) -> str:
+    """The text with what a page cannot show (control characters, half surrogates) as escapes; newlines stay."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Cn") else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
 @functools.cache
 def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -92,6 +102,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["visible"] = visible
+    return environment
 
 
 def _trainings(run: Run) -> list[Chart]:

@@ -6,6 +6,7 @@ Everything is drawn from a seed, so a hypothesis example or a parametrised case 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -72,7 +73,7 @@ def patch_lengths_of(starts: Sequence[Sequence[bool]], trailing_zeros: int = 0) 
     rows = []
     for row in starts:
         places = [i for i, start in enumerate(row) if start] + [len(row)]
-        rows.append([after - before for before, after in zip(places, places[1:], strict=False)])
+        rows.append([after - before for before, after in pairwise(places)])
     longest = max(len(row) for row in rows) + trailing_zeros
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 

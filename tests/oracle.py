@@ -1,9 +1,9 @@
 """The oracle: the entropy model and the BLT written from SPEC sections 2 to 8 as plainly as they can be.
 
-One row at a time, Python loops for everything that is decided per byte or patch (documents, patches, masks, hashes), and
-dense T x T and P*k x T masks for everything that attends. Slow and quadratic on purpose; nothing is shared with `blt`
-but the names and shapes of parameters, the configurations and the list of hash primes. In: parameters by the names of
-`named_parameters()`, ids and lengths as the models take them. Out: logits [B,T,V] that autograd can differentiate.
+One row at a time, Python loops for everything that is decided per byte or patch (documents, patches, masks, hashes),
+and dense T x T and P*k x T masks for everything that attends. Slow and quadratic on purpose; nothing is shared with
+`blt` but the names and shapes of parameters, the configurations and the list of hash primes. In: parameters by the
+names of `named_parameters()`, ids and lengths as the models take them. Out: logits [B,T,V] for autograd.
 
 Where `document_ids` are given, DESIGN's isolation holds: attention of bytes and of patches stays inside a document,
 positions and hash windows restart. Where they are not, SPEC's reference: an EOS closes a block, all else runs on.

@@ -85,12 +85,6 @@ def under_our_names(ours: nn.Module, theirs: Mapping[str, Tensor]) -> dict[str, 
     return {name: torch.cat([theirs[part] for part in source]) for name, source in names.items()}
 
 
-def share(ours: nn.Module, theirs: nn.Module, seed: int) -> None:
-    """Random weights in transformers' model, the same in ours."""
-    randomised(theirs, seed)
-    ours.load_state_dict(under_our_names(ours, dict(theirs.named_parameters())))
-
-
 def unused(ours: nn.Module, theirs: nn.Module) -> set[str]:
     """transformers' parameters that none of ours takes."""
     taken = {part for name, _ in ours.named_parameters() for part in sources(name)}
@@ -102,8 +96,8 @@ def blt_pair(
 ) -> tuple[BltForCausalLM, BLT]:
     """transformers' model and ours with the same weights. `edit` changes transformers' before ours takes them."""
     encoder, decoder, cross = config.local_encoder, config.local_decoder, config.cross_attention
-    assert encoder.window == decoder.window and encoder.rope_theta == decoder.rope_theta
-    assert cross.heads == encoder.heads == decoder.heads and cross.pooling == "max"
+    assert (encoder.window, encoder.rope_theta) == (decoder.window, decoder.rope_theta)
+    assert (cross.heads, cross.heads, cross.pooling) == (encoder.heads, decoder.heads, "max")
     assert cross.encoder_layers == "last" or encoder.layers == 1
     local = {"cross_attn_k": cross.slots, "hidden_size_global": config.latent.width}
     theirs = BltForCausalLM(
@@ -134,7 +128,8 @@ def entropy_pair(config: EntropyModelConfig, seed: int) -> tuple[BltPatcher, Ent
     shape = config.transformer
     theirs = BltPatcher(BltPatcherConfig(**_stack(shape), sliding_window=shape.window, attn_implementation="eager"))
     ours = EntropyModel(config)
-    share(ours, theirs, seed)
+    randomised(theirs, seed)
+    ours.load_state_dict(under_our_names(ours, dict(theirs.named_parameters())))
     return theirs, ours
 
 

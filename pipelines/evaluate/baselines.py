@@ -1,16 +1,15 @@
 """Baselines: what gzip -9, xz -9 and an order-0 model make of the same documents, all of them as one stream.
 
-In: the shards of a split. Out: bytes each of them needs. One Ray task for each reads the shards in stored order, a row
-group at a time, so that memory holds one row group whatever the split holds.
+In: the shards of a split. Out: bits per byte of each. One Ray task reads the shards once, in stored order, a row group
+at a time, so that memory holds one row group whatever the split holds.
 """
 
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
-import ray
 
 from blt.vocabulary import BYTE_OFFSET
 from pipelines.storage import Storage
@@ -19,52 +18,46 @@ from pipelines.train.row_group import num_row_groups, read_row_group
 _GZIP_FORMAT = 31
 """zlib's window bits for a gzip header and its largest window."""
 
-Pieces = Iterator[npt.NDArray[np.uint8]]
+
+class Compressor(Protocol):
+    """A stream whose output is counted and thrown away."""
+
+    def compress(self, data: bytes, /) -> bytes:
+        """Output that is ready."""
+
+    def flush(self) -> bytes:
+        """The rest of the output."""
 
 
-def gzip_bytes(pieces: Pieces) -> float:
-    """Size of `gzip -9` of the pieces end to end."""
-    compressor = zlib.compressobj(9, zlib.DEFLATED, _GZIP_FORMAT)
-    return sum(len(compressor.compress(piece)) for piece in pieces) + len(compressor.flush())
+class StreamSizes:
+    """Bytes go in by pieces; what each baseline needs for them end to end comes out."""
+
+    def __init__(self) -> None:
+        self._compressors: dict[str, Compressor] = {
+            "gzip -9": zlib.compressobj(9, zlib.DEFLATED, _GZIP_FORMAT),
+            "xz -9": lzma.LZMACompressor(preset=9),
+        }
+        self._sizes = dict.fromkeys(self._compressors, 0)
+        self._counts = np.zeros(256, np.int64)
+
+    def add(self, piece: bytes) -> None:
+        """Append to the stream."""
+        for name, compressor in self._compressors.items():
+            self._sizes[name] += len(compressor.compress(piece))
+        self._counts += np.bincount(np.frombuffer(piece, np.uint8), minlength=256)
+
+    def finish(self) -> dict[str, float]:
+        """Bytes by name; nothing can be added after. order-0: an ideal code of single bytes, its table free."""
+        sizes = {name: float(size + len(self._compressors[name].flush())) for name, size in self._sizes.items()}
+        seen = self._counts[self._counts > 0]
+        return {**sizes, "order-0": float((seen * np.log2(seen.sum() / seen)).sum() / 8)}
 
 
-def xz_bytes(pieces: Pieces) -> float:
-    """Size of `xz -9` of the pieces end to end."""
-    compressor = lzma.LZMACompressor(preset=9)
-    return sum(len(compressor.compress(piece.tobytes())) for piece in pieces) + len(compressor.flush())
-
-
-def order0_bytes(pieces: Pieces) -> float:
-    """Bytes times the entropy of their empirical distribution: an ideal code for bytes by themselves, its table free."""
-    counts = np.zeros(256, np.int64)
-    for piece in pieces:
-        counts += np.bincount(piece, minlength=256)
-    seen = counts[counts > 0]
-    return float((seen * np.log2(seen.sum() / seen)).sum() / 8)
-
-
-BASELINES: Mapping[str, Callable[[Pieces], float]] = {
-    "gzip -9": gzip_bytes,
-    "xz -9": xz_bytes,
-    "order-0": order0_bytes,
-}
-
-
-def baseline_bpb(data: str, paths: Sequence[str], num_bytes: int) -> dict[str, float]:
-    """Bits per byte of each baseline over the shards at `paths`, which hold `num_bytes`. Ray must be initialised."""
-    task = ray.remote(num_cpus=1)(baseline_bytes)
-    sizes = {name: task.remote(name, data, tuple(paths)) for name in BASELINES}
-    return {name: 8 * float(ray.get(size)) / num_bytes for name, size in sizes.items()}
-
-
-def baseline_bytes(name: str, data: str, paths: Sequence[str]) -> float:
-    """Bytes that the baseline needs for the shards at `paths`."""
-    return BASELINES[name](_texts(Storage(data), paths))
-
-
-def _texts(storage: Storage, paths: Sequence[str]) -> Pieces:
-    """The text of each row group: document bytes end to end, without special ids."""
+def stream_sizes(data: str, paths: Sequence[str]) -> dict[str, float]:
+    """Bytes that each baseline needs for the documents of the shards at `paths`, without special ids."""
+    storage, sizes = Storage(data), StreamSizes()
     for path in paths:
         for number in range(num_row_groups(storage, path)):
             ids = read_row_group(storage, path, number).ids_N
-            yield (ids[ids >= BYTE_OFFSET] - BYTE_OFFSET).astype(np.uint8)
+            sizes.add((ids[ids >= BYTE_OFFSET] - BYTE_OFFSET).astype(np.uint8).tobytes())
+    return sizes.finish()

@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import ray
 
 from blt.checkpoint import LanguageModelConfig, language_model_config, language_model_fingerprint
 from blt.errors import CheckpointError, ConfigError, DataError
 from blt.loss import bits_per_byte
 from pipelines.evaluate.actor import EvaluateActor, EvaluateUnit, UnitScores
-from pipelines.evaluate.baselines import baseline_bpb
+from pipelines.evaluate.baselines import stream_sizes
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.evaluation import Evaluation, SourceFigures, bootstrap_interval
 from pipelines.evaluate.scoring import Nats
@@ -44,6 +45,8 @@ def evaluate(
     num_bytes = sum(shard.bytes for shard in shards)
     if not num_bytes:
         raise DataError(f"{data}: the {config.split} split holds no bytes to score")
+    # Beside the actors, because xz alone may take as long as they do.
+    baselines = ray.remote(num_cpus=1)(stream_sizes).remote(storage.root_uri, [shard.path for shard in shards])
     scores = _score_units(config, _units(shards, storage), model, storage, on_progress)
     _check_counts(shards, scores, storage)
     documents = _Documents(scores)
@@ -60,7 +63,7 @@ def evaluate(
         bpb=bits_per_byte(total.nats, total.bytes),
         bpb_low=low,
         bpb_high=high,
-        baselines=baseline_bpb(storage.root_uri, [shard.path for shard in shards], num_bytes),
+        baselines={name: 8 * size / num_bytes for name, size in ray.get(baselines).items()},
         entropy_model_bpb=total.entropy_model_bpb,
         per_source=documents.by_source(),
         seconds=time.perf_counter() - started,

@@ -4,6 +4,7 @@ A document is read in windows of at most S patches and T bytes; a window that do
 context that an earlier window scored. Every byte and EOS is scored once. Shapes: D documents, B rows, T bytes.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -60,8 +61,8 @@ def document_patches(group: RowGroup) -> Integers:
 def document_texts(group: RowGroup) -> list[bytes]:
     """The bytes of each document."""
     borders = np.append(group.document_starts, len(group.ids_N)).tolist()
-    pairs = zip(borders[:-1], borders[1:], strict=True)
-    return [(group.ids_N[start + 1 : end - 1] - BYTE_OFFSET).astype(np.uint8).tobytes() for start, end in pairs]
+    parts = [group.ids_N[start + 1 : end - 1] for start, end in itertools.pairwise(borders)]
+    return [(ids - BYTE_OFFSET).astype(np.uint8).tobytes() for ids in parts]
 
 
 def _batches(sizes: Integers, batch_bytes: int) -> Iterator[Integers]:

@@ -1,6 +1,9 @@
-"""Models of a few thousand parameters with random weights, for tests of what is done with a model."""
+"""For the tests of blt: one thread, and models of a few thousand parameters with random weights.
 
-from collections.abc import Callable
+One thread, because their tensors are so small that a second one costs time, most on a busy machine.
+"""
+
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,6 +17,14 @@ from blt.patching import PatchRule
 
 # Random entropies lie around 5.2 nats here, so that this threshold makes patches of a few bytes.
 SMALL_RULE = PatchRule(threshold=5.22, max_patch_length=12)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def small_stack(width: int, layers: int, window: int | None = 16, theta: float = 10000.0) -> TransformerConfig:

@@ -1,5 +1,6 @@
-"""Blocked causal attention against dense attention under a mask, with spans, carried keys, gradients; rotary positions."""
+"""Blocked causal attention against dense attention under a mask: spans, carried keys, gradients; rotary positions."""
 
+from itertools import accumulate, pairwise
 from unittest.mock import patch
 
 import pytest
@@ -23,18 +24,15 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mask_BTS: Tensor) -> Tensor:
 
 
 def visible(document_ids_BT: Tensor, window: int | None, carried: int) -> Tensor:
-    """Bool [B,T,S] by the rule alone: same document (carried keys belong to the row's first), j <= i, within the window."""
-    mask = torch.zeros(*document_ids_BT.shape, carried + document_ids_BT.shape[1], dtype=torch.bool)
-    for row, documents in enumerate(document_ids_BT.tolist()):
-        runs = [0]
-        for before, here in zip(documents, documents[1:], strict=False):
-            runs.append(runs[-1] + (before != here))
-        keys = [0] * carried + runs
-        for i, run in enumerate(runs):
-            for j, of in enumerate(keys):
-                at = i + carried
-                mask[row, i, j] = j <= at and of == run and (window is None or j > at - window)
-    return mask
+    """Bool [B,T,S] by the rule alone: same document (carried keys are of the row's first), j <= i, j within the window."""
+    rows = []
+    for documents in document_ids_BT.tolist():
+        runs = list(accumulate((before != here for before, here in pairwise(documents)), initial=0))
+        keys, reach = [0] * carried + runs, len(runs) + carried if window is None else window
+        rows.append(
+            [[key == run and i - reach < j - carried <= i for j, key in enumerate(keys)] for i, run in enumerate(runs)]
+        )
+    return torch.tensor(rows)
 
 
 @st.composite
@@ -47,7 +45,7 @@ def spans_cases(draw: st.DrawFn) -> tuple[Tensor, int | None, int, int]:
     document_ids = torch.tensor(borders).long().cumsum(1)
     window = draw(st.sampled_from([1, 2, 5, 16, 39, None]))
     carried = draw(st.integers(0, 20))
-    return document_ids, window, carried, draw(st.sampled_from([1, 4, 7, 16, 128]))
+    return document_ids, window, carried, draw(st.sampled_from([4, 7, 16, 128]))
 
 
 def inputs(rows: int, length: int, carried: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +55,7 @@ def inputs(rows: int, length: int, carried: int, dtype: torch.dtype = torch.floa
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(spans_cases())
 def test_equals_dense(case: tuple[Tensor, int | None, int, int]) -> None:
     """Values and gradients in float64: only the order of sums differs."""
@@ -74,7 +72,7 @@ def test_equals_dense(case: tuple[Tensor, int | None, int, int]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("window", [1, 100, 128, 129, 300, None])
+@pytest.mark.parametrize("window", [100, 128, 129, None])
 def test_real_query_block(window: int | None) -> None:
     """Blocks of 128 as they are used, documents that start inside them."""
     document_ids = torch.tensor([[0] * 150 + [1] * 5 + [2] * 145, [0] * 128 + [1] * 128 + [2] * 44])

@@ -203,14 +203,14 @@ def test_a_pickle_is_never_read(saved: Path) -> None:
 def test_tensors_that_do_not_fit_are_named(saved: Path) -> None:
     path = saved / "model.safetensors"
     tensors = load_file(path)
-    tensors["latent.extra"] = tensors.pop("latent.projection.weight")
+    tensors["latent.extra"] = tensors.pop("local_decoder.projection.weight")
     tensors["local_decoder.norm.weight"] = torch.ones(31)
     tensors["local_encoder.byte_embedding.weight"] = torch.ones(260, 32, dtype=torch.int32)
     save_file(tensors, path)
     with pytest.raises(CheckpointError) as caught:
         load(saved)
     for part in (
-        "1 missing: latent.projection.weight",
+        "1 missing: local_decoder.projection.weight",
         "1 unexpected: latent.extra",
         "local_decoder.norm.weight is [31] instead of [32]",
         "local_encoder.byte_embedding.weight is torch.int32",

@@ -176,7 +176,7 @@ def test_specials_but_eos_are_never_chosen() -> None:
     assert next_id(logits, Sampling(), Sampling(seed=0).generator()) == EOS
 
 
-def draws(sampling: Sampling, logits: torch.Tensor, count: int = 4000) -> torch.Tensor:
+def draws(sampling: Sampling, logits: torch.Tensor, count: int = 1500) -> torch.Tensor:
     generator = sampling.generator()
     chosen = [next_id(logits, sampling, generator) - BYTE_OFFSET for _ in range(count)]
     return torch.bincount(torch.tensor(chosen), minlength=4).double() / count
@@ -199,8 +199,8 @@ def test_sampling_follows_the_softmax_cut_by_top_k_and_top_p() -> None:
     }
     for (temperature, top_k, top_p), weights in expected.items():
         found = draws(Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=0), logits)
-        # 4000 draws: a standard error is at most 0.008.
-        assert torch.allclose(found, weights.double() / weights.sum(), atol=0.035)
+        # 1500 draws: a standard error is at most 0.013.
+        assert torch.allclose(found, weights.double() / weights.sum(), atol=0.05)
         assert bool(((weights == 0) <= (found == 0)).all())
 
 

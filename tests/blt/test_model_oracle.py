@@ -1,6 +1,6 @@
 """The fast model against the dense oracle of tests/oracle.py: every shape that a configuration allows, float64.
 
-Logits within 1e-9 and gradients within 1e-8 of the tensor's largest entry (at least 1): both sides make the same float64
+Logits within 1e-9, gradients within 1e-8 of the tensor's largest entry (at least 1): both sides make the same float64
 sums in another order, so what is seen is about 1e-13; a wrong mask, scale or residual shows at 1e-3 or more.
 """
 

@@ -7,8 +7,7 @@ widths rounded up to 256, norms, cross-attention, projections, and the hash tabl
 but the largest. A name (400M, 1B, 8B) is none of these counts; how far each lies from it stands below.
 """
 
-import ast
-import inspect
+import importlib
 
 import pytest
 import torch
@@ -73,13 +72,13 @@ def test_a_published_size_sets_only_known_keys(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in packaged_configs() if name not in PATHS])
 def test_every_other_configuration_sets_only_keys_of_a_command(name: str) -> None:
     """A configuration that carries the name of a command is read by it; what has no such name is listed above."""
-    assert name in COMMANDS
-    source = inspect.getsource(__import__(COMMANDS[name].module, fromlist=["Config"]))
-    assert any(isinstance(node, ast.ClassDef) and node.name == "Config" for node in ast.parse(source).body)
-    module = __import__(COMMANDS[name].module, fromlist=["Config"])
-    values = read_config_file(find_config(name))
-    missing = [s.key for s in describe(module.Config, values) if s.default == "required" and "." not in s.key]
-    load_config(module.Config, find_config(name), [f"{key}=somewhere" for key in missing])
+    command = importlib.import_module(COMMANDS[name].module)
+    missing = [
+        setting.key
+        for setting in describe(command.Config, read_config_file(find_config(name)))
+        if setting.default == "required"
+    ]
+    load_config(command.Config, find_config(name), [f"{key}=somewhere" for key in missing])
 
 
 @pytest.mark.parametrize("name", sorted(PATHS))
@@ -167,7 +166,7 @@ def test_blt_1b_has_as_many_parameters_as_in_transformers() -> None:
 @pytest.mark.parametrize(
     ("name", "total", "without_tables", "blocks", "over_name"),
     [
-        ("blt_400m", 2_872_692_480, 568_683_264, 531_628_032, (0.422, 0.329)),
+        ("blt_400m", 2_872_692_480, 568_683_264, 528_482_304, (0.422, 0.321)),
         ("blt_1b", 4_533_879_808, 1_461_867_520, 1_384_120_320, (0.462, 0.384)),
         ("blt_8b", 10_553_570_560, 6_713_555_200, 6_580_076_544, (-0.161, -0.177)),
     ],
@@ -223,9 +222,7 @@ def test_flops_of_blt_8b(mean_patch_bytes: float, published: float) -> None:
         ("blt_8b", 16384, 3.471e9, 1.0094),
     ],
 )
-def test_flops_over_the_paper_equations(
-    name: str, context_bytes: int, published: float, over_equations: float
-) -> None:
+def test_flops_over_the_paper_equations(name: str, context_bytes: int, published: float, over_equations: float) -> None:
     """FLOPs per byte at 4.5 bytes a patch as configured, and over the paper's equations (k = latent width / encoder
     width, 256 outputs, feed-forward layers of 8/3 of the width), for which no figure of 400M and 1B is published."""
     config = blt_config(name)

@@ -197,7 +197,7 @@ def test_tensors_that_do_not_fit_are_named() -> None:
     for part, rows in (("wq", 95), ("wk", 49)):
         state[f"global_transformer.layers.0.attention.{part}.weight"] = torch.zeros(rows, 96)
     state["surplus"] = state.pop("local_decoder.norm.weight")
-    with pytest.raises(ValueError, match="missing: local_decoder.norm.weight") as caught:
+    with pytest.raises(ValueError, match=r"missing: local_decoder\.norm\.weight") as caught:
         from_reference(state, BLT_ARGUMENTS)
     assert "unexpected: surplus" in str(caught.value)
     assert "global_transformer.layers.0.attention.wq.weight is [95, 96] instead of [96, 96]" in str(caught.value)

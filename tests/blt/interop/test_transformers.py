@@ -40,9 +40,7 @@ def variants(lm: LanguageModel) -> dict[str, LanguageModel]:
     others = {
         "plain": config,
         "four slots": replace(config, cross_attention=replace(cross, slots=4, encoder_layers="all")),
-        "no latent projection, first decoder layer": replace(
-            config, cross_attention=replace(cross, decoder_layers="first")
-        ),
+        "first decoder layer": replace(config, cross_attention=replace(cross, decoder_layers="first")),
         "one slot, grouped latent": replace(config, cross_attention=replace(cross, slots=1), latent=gqa),
         "last of two encoder layers": replace(config, local_encoder=replace(config.local_encoder, layers=2)),
         "no window, own angles": replace(
@@ -55,7 +53,7 @@ def variants(lm: LanguageModel) -> dict[str, LanguageModel]:
     return {name: replace(lm, config=shape, model=BLT(shape)) for name, shape in others.items()}
 
 
-NAMES = ("plain", "four slots", "no latent projection, first decoder layer", "one slot, grouped latent")
+NAMES = ("plain", "four slots", "first decoder layer", "one slot, grouped latent")
 NAMES += ("last of two encoder layers", "no window, own angles")
 
 
