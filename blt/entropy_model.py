@@ -97,6 +97,34 @@ def next_byte_entropy(logits: Tensor) -> Tensor:
     return terms.sum(-1).float()
 
 
+class ContextStream:
+    """One context read piece by piece, each piece after the keys and values of the window before it."""
+
+    def __init__(self, model: EntropyModel) -> None:
+        self.model = model
+        self.position = 0
+        """Ids read so far."""
+        self._carry: list[KeyValue] | None = None
+
+    def feed(self, ids_T: Tensor) -> Tensor:
+        """Logits [T,V] at the ids (on the model's device) that follow those fed before."""
+        room = STREAM_BYTES - self.position % STREAM_BYTES
+        pieces = [ids_T[:room], *ids_T[room:].split(STREAM_BYTES)]
+        return torch.cat([self._step(piece_T[None]) for piece_T in pieces if len(piece_T)])
+
+    def _step(self, ids_BT: Tensor) -> Tensor:
+        """Logits of a piece that crosses no multiple of STREAM_BYTES."""
+        kept = self.model.config.window - 1
+        carried = 0 if self._carry is None else self._carry[0][0].shape[1]
+        first = self.position % STREAM_BYTES + (kept if self.position >= STREAM_BYTES else 0)
+        positions = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device)[None]
+        shared = context(self.model.config.transformer, torch.zeros_like(ids_BT), positions, carried)
+        logits_BTV, pairs = self.model.step(ids_BT, shared, self._carry)
+        self._carry = [(k[:, max(0, k.shape[1] - kept) :], v[:, max(0, v.shape[1] - kept) :]) for k, v in pairs]
+        self.position += ids_BT.shape[1]
+        return logits_BTV[0]
+
+
 @torch.inference_mode()
 def document_entropies(
     model: EntropyModel, documents: Sequence[bytes], *, reset_on_newline: bool = False, row_bytes: int = STREAM_BYTES
@@ -177,26 +205,10 @@ def _packed(model: EntropyModel, row: Sequence[Tensor], measure: Measure) -> Ten
 
 
 def _stream(model: EntropyModel, run: Tensor, row_bytes: int, measure: Measure) -> Tensor:
-    """Values [n] of one run in chunks of at most row_bytes, each after the keys and values of the window before."""
-    device, kept = model.output.weight.device, model.config.window - 1
-    carry: list[KeyValue] | None = None
+    """Values [n] of one run in chunks of at most row_bytes."""
+    stream = ContextStream(model)
     parts = []
-    for start, end in _chunks(run.shape[1], row_bytes):
-        ids, next_ids = run[:, start:end].to(device)
-        carried = 0 if carry is None else carry[0][0].shape[1]
-        first = start % STREAM_BYTES + (kept if start >= STREAM_BYTES else 0)
-        positions = torch.arange(first, first + end - start, device=device)[None]
-        shared = context(model.config.transformer, torch.zeros_like(ids)[None], positions, carried)
-        logits, pairs = model.step(ids[None], shared, carry)
-        carry = [(k[:, max(0, k.shape[1] - kept) :], v[:, max(0, v.shape[1] - kept) :]) for k, v in pairs]
-        parts.append(measure(logits[0], next_ids).cpu())
+    for chunk in run.split(row_bytes, dim=1):
+        ids, next_ids = chunk.to(model.output.weight.device)
+        parts.append(measure(stream.feed(ids), next_ids).cpu())
     return torch.cat(parts)
-
-
-def _chunks(length: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """Chunk borders: at most row_bytes long, never across a multiple of STREAM_BYTES."""
-    start = 0
-    while start < length:
-        end = min(start + row_bytes, length, (start // STREAM_BYTES + 1) * STREAM_BYTES)
-        yield start, end
-        start = end

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blt.entropy_model import STREAM_BYTES, EntropyModel, next_byte_entropy
+from blt.entropy_model import ContextStream, EntropyModel, next_byte_entropy
 from blt.errors import ConfigError
-from blt.layers import KeyValue, context
 from blt.patching import PatchRule, document_patch_starts, starts_to_lengths
 from blt.vocabulary import BOS, encode
 
@@ -22,9 +21,7 @@ class EntropyStream:
 
     def __init__(self, model: EntropyModel, reset_on_newline: bool) -> None:
         self.model, self.reset_on_newline = model, reset_on_newline
-        self.carry: list[KeyValue] | None = None
-        self.position = 0
-        """Ids read since the context opened."""
+        self._context = ContextStream(model)
 
     def feed(self, ids_T: Tensor) -> Tensor:
         """Entropies [T] made at each of the ids (int64) that follow those fed before."""
@@ -32,25 +29,11 @@ class EntropyStream:
         parts = []
         for index, run_T in enumerate(ids_T.tensor_split(opens)):
             if index > 0:
-                self.carry, self.position = None, 0
-            while len(run_T):
-                room = STREAM_BYTES - self.position % STREAM_BYTES
-                parts.append(self._step(run_T[:room]))
-                run_T = run_T[room:]
+                self._context = ContextStream(self.model)
+            if len(run_T):
+                logits_TV = self._context.feed(run_T.to(self.model.output.weight.device))
+                parts.append(next_byte_entropy(logits_TV).cpu())
         return torch.cat(parts) if parts else torch.empty(0)
-
-    def _step(self, ids_T: Tensor) -> Tensor:
-        """Entropies of a chunk that crosses no multiple of STREAM_BYTES."""
-        device, kept = self.model.output.weight.device, self.model.config.window - 1
-        chunk_BT = ids_T.to(device)[None]
-        carried = 0 if self.carry is None else self.carry[0][0].shape[1]
-        first = self.position % STREAM_BYTES + (kept if self.position >= STREAM_BYTES else 0)
-        positions_BT = torch.arange(first, first + len(ids_T), device=device)[None]
-        shared = context(self.model.config.transformer, torch.zeros_like(chunk_BT), positions_BT, carried)
-        logits_BTV, pairs = self.model.step(chunk_BT, shared, self.carry)
-        self.carry = [(k[:, max(0, k.shape[1] - kept) :], v[:, max(0, v.shape[1] - kept) :]) for k, v in pairs]
-        self.position += len(ids_T)
-        return next_byte_entropy(logits_BTV)[0].cpu()
 
 
 class OnlinePatches:

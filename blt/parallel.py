@@ -42,7 +42,8 @@ class FlatGradients:
 
     def divide_and_clip(self, divisor: float, clip_norm: float | None) -> float:
         """Divide the gradients, scale them so that their norm is at most clip_norm; the norm before scaling."""
-        norm = float(torch.linalg.vector_norm(self.buffer, dtype=torch.float32)) / divisor
+        wide = torch.promote_types(self.buffer.dtype, torch.float32)
+        norm = float(torch.linalg.vector_norm(self.buffer, dtype=wide)) / divisor
         scale = 1.0 / divisor
         if clip_norm is not None and norm > clip_norm:
             scale *= clip_norm / norm

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipelines.evaluate import EvaluateConfig
-
 from jobs import calibrate, evaluate, generate, patch, report, shard, train, train_entropy
+from jobs.generate import Settings as GenerateSettings
 from jobs.ray_session import ray_session
 from jobs.record import JobResult, read_record
 from jobs.report_table import print_summary
+from pipelines.evaluate import EvaluateConfig
 from pipelines.patch.calibrate import CalibrateConfig
 from pipelines.patch.plan import PatchConfig
 from pipelines.shard import ShardConfig
@@ -50,7 +50,7 @@ class Config:
     """The BLT and its training."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """The held-out evaluation."""
-    generate: generate.Settings = field(default_factory=generate.Settings)
+    generate: GenerateSettings = field(default_factory=GenerateSettings)
     """The sample at the end."""
 
 

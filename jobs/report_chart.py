@@ -143,15 +143,17 @@ def line_chart(
     )
 
 
-def training_charts(
-    name: str, records: Sequence[Mapping[str, float]], references: Mapping[str, float]
-) -> list[Chart]:
+def training_charts(name: str, records: Sequence[Mapping[str, float]], references: Mapping[str, float]) -> list[Chart]:
     """Bits per byte and loss over steps, training and validation, of one training."""
     charts = []
-    for key, y_label, shown in (("bpb", "bits per byte", references), ("loss", "loss (nats per target)", {})):
-        series = [_metric(records, f"train/{key}", "train", "first"), _metric(records, f"valid/{key}", "valid", "second")]
-        title = f"{name}: {'bits per byte' if key == 'bpb' else 'loss'}"
-        charts.append(line_chart(title, series, "step", y_label, shown))
+    for key, name_of_key, y_label in (
+        ("bpb", "bits per byte", "bits per byte"),
+        ("loss", "loss", "loss (nats per target)"),
+    ):
+        train = _metric(records, f"train/{key}", "train", "first")
+        valid = _metric(records, f"valid/{key}", "valid", "second")
+        shown = references if key == "bpb" else {}
+        charts.append(line_chart(f"{name}: {name_of_key}", [train, valid], "step", y_label, shown))
     return [chart for chart in charts if chart is not None]
 
 

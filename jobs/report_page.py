@@ -18,7 +18,7 @@ import yaml
 from jobs.report_chart import Chart, calibration_chart, histogram, training_charts
 from jobs.report_passage import COLUMN_WIDTH, CURVE_HEIGHT, Layout, lay_out
 from jobs.report_patches import Passage, PatchLengths
-from jobs.report_run import COMMANDS, Run, continuation
+from jobs.report_run import COMMANDS, Run
 from jobs.report_table import Comparison, comparisons, headline, stage_rows, summary_rows
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -54,25 +54,28 @@ def render(run: Run, title: str, view: PatchView | None, left_out: Sequence[str]
     layout: Layout | None = None
     if view is not None and view.passage is not None:
         layout = lay_out(view.passage, view.entropies, threshold)
-    return _environment().get_template(_TEMPLATE).render(
-        title=title,
-        fingerprint=fingerprint,
-        run=run,
-        headline=headline(run),
-        rows=summary_rows(run),
-        stages=stage_rows(run),
-        comparisons=_bars(run),
-        view=view,
-        layout=layout,
-        threshold=threshold,
-        histogram=histogram(view.lengths) if view is not None else None,
-        trainings=_trainings(run),
-        calibration=calibration_chart(run.calibration) if run.calibration is not None else None,
-        continuation=continuation(run.sample) if run.sample is not None else None,
-        sources=_sources(run),
-        left_out=left_out,
-        column_width=COLUMN_WIDTH,
-        curve_height=CURVE_HEIGHT,
+    return (
+        _environment()
+        .get_template(_TEMPLATE)
+        .render(
+            title=title,
+            fingerprint=fingerprint,
+            run=run,
+            headline=headline(run),
+            rows=summary_rows(run),
+            stages=stage_rows(run),
+            comparisons=_bars(run),
+            view=view,
+            layout=layout,
+            threshold=threshold,
+            histogram=histogram(view.lengths) if view is not None else None,
+            trainings=_trainings(run),
+            calibration=calibration_chart(run.calibration) if run.calibration is not None else None,
+            sources=_sources(run),
+            left_out=left_out,
+            column_width=COLUMN_WIDTH,
+            curve_height=CURVE_HEIGHT,
+        )
     )
 
 
@@ -86,8 +89,9 @@ def template_fingerprint() -> str:
 
 def visible(text: str) -> str:
     """The text with what a page cannot show (control characters, half surrogates) as escapes; newlines stay."""
+    hidden = ("Cc", "Cf", "Cs", "Cn")
     return "".join(
-        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Cn") else c.encode("unicode_escape").decode()
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in hidden and c not in "\n\t" else c
         for c in text
     )
 

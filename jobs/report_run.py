@@ -6,7 +6,7 @@ DataError that names the file.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -14,14 +14,15 @@ from typing import TypeVar
 import msgspec
 
 from blt.errors import DataError
+from jobs.generate import SAMPLE_NAME, Sample
 from jobs.record import RECORD_NAME, JobRecord, read_record
+from pipelines.evaluate.evaluation import EVALUATION_PATH, Evaluation
 from pipelines.manifest import MANIFEST_PATH, Manifest, read_manifest
 from pipelines.patch.calibration import CALIBRATION_PATH, Calibration, read_calibration
+from pipelines.patch.stats import STATS_PATH
 from pipelines.storage import Storage
 from pipelines.train.metrics import METRICS_NAME, read_metrics
 
-EVALUATION_PATH = "evaluation.json"
-SAMPLE_PATH = "sample.json"
 MODEL_CONFIG_PATH = "model/config.json"
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
@@ -44,39 +45,19 @@ _CONTENT: Mapping[str, tuple[str, ...]] = {
     "patches": (MANIFEST_PATH,),
     "model": (METRICS_NAME, MODEL_CONFIG_PATH),
     "evaluation": (EVALUATION_PATH,),
-    "sample": (SAMPLE_PATH,),
+    "sample": (SAMPLE_NAME,),
 }
-"""Files that a report reads; a part is there if it has one of them."""
+"""What a report reads of each part, its record apart; a part is there if it has one of these files."""
 
 Content = TypeVar("Content")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """The content of evaluation.json, as far as a report shows it. All bpb are of the same held-out documents."""
+class PatchStats:
+    """The content of stats.json, as far as a report shows it."""
 
-    documents: int | None = None
-    bytes: int | None = None
-    patches: int | None = None
-    mean_patch_bytes: float | None = None
-    bpb: float | None = None
-    bpb_low: float | None = None
-    """Lower end of the interval of `bpb`."""
-    bpb_high: float | None = None
-    bytes_per_second: float | None = None
-    baselines: dict[str, float] = field(default_factory=dict)
-    """Name -> bpb with all documents as one stream."""
-    entropy_model_bpb: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """The content of sample.json."""
-
-    prompt: str
-    text: str
-    """What the model wrote after the prompt."""
-    seconds: float | None = None
+    total: dict[str, float]
+    """Figures of all shards by name, actor_bytes_per_second among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +76,7 @@ class Run:
     patches: Manifest | None
     calibration: Calibration | None
     evaluation: Evaluation | None
+    patch_stats: PatchStats | None
     sample: Sample | None
     metrics: Mapping[str, tuple[Mapping[str, float], ...]]
     """Records of metrics.jsonl of entropy_model and model, oldest first; empty where there are none."""
@@ -106,7 +88,7 @@ def run_directories(run: str) -> dict[str, str]:
 
 
 def read_run(directories: Mapping[str, str]) -> Run:
-    """Read what is there of the parts; DataError, naming the file, for what is broken."""
+    """Read what is there of the parts; DataError, naming the file, for what is broken. Unknown keys are passed over."""
     present = {name: root for name, root in directories.items() if any(map(Storage(root).exists, _CONTENT[name]))}
     return Run(
         directories=present,
@@ -117,7 +99,8 @@ def read_run(directories: Mapping[str, str]) -> Run:
         patches=_dataset(present, "patches"),
         calibration=read_calibration(present["calibration"]) if "calibration" in present else None,
         evaluation=_read(present, "evaluation", EVALUATION_PATH, Evaluation),
-        sample=_read(present, "sample", SAMPLE_PATH, Sample),
+        patch_stats=_read(present, "patches", STATS_PATH, PatchStats),
+        sample=_read(present, "sample", SAMPLE_NAME, Sample),
         metrics={name: _metrics(present[name]) for name in ("entropy_model", "model") if name in present},
     )
 
@@ -136,6 +119,8 @@ def _read(present: Mapping[str, str], part: str, path: str, kind: type[Content])
     if part not in present:
         return None
     storage = Storage(present[part])
+    if not storage.exists(path):
+        return None
     try:
         return msgspec.json.decode(storage.read_bytes(path), type=kind)
     except (ValueError, OSError) as error:
@@ -153,7 +138,7 @@ def _fingerprint(present: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
     for name, root in sorted(present.items()):
         storage = Storage(root)
-        for path in (RECORD_NAME, *_CONTENT[name]):
+        for path in (RECORD_NAME, STATS_PATH, *_CONTENT[name]):
             data = storage.read_bytes(path) if storage.exists(path) else b""
             digest.update(f"{name}/{path}:{len(data)}:".encode() + data)
     return digest.hexdigest()
@@ -169,7 +154,7 @@ class StageFigures:
     bytes: int | None
     """Bytes it worked on: of documents, or of training targets."""
     working_bytes_per_second: float | None
-    """Of the work proper, as the stage itself measured it: training steps, evaluated bytes; None if it did not."""
+    """Of the work proper, as the stage itself measured it: of training steps, or of one actor; None if it did not."""
 
     @property
     def bytes_per_second(self) -> float | None:
@@ -184,18 +169,11 @@ def stages(run: Run) -> tuple[StageFigures, ...]:
 def _stage(run: Run, name: str) -> StageFigures:
     result = run.records[name].result
     working = result.figures.get("bytes_per_second")
-    num_bytes = result.bytes
-    if name == "evaluation" and run.evaluation is not None:
-        working = run.evaluation.bytes_per_second or working
-        num_bytes = num_bytes or run.evaluation.bytes
+    if name == "patches" and run.patch_stats is not None:
+        working = run.patch_stats.total.get("actor_bytes_per_second")
     return StageFigures(
         command=COMMANDS[name],
         seconds=result.seconds,
-        bytes=num_bytes,
+        bytes=result.bytes,
         working_bytes_per_second=working if isinstance(working, int | float) else None,
     )
-
-
-def continuation(sample: Sample) -> str:
-    """What follows the prompt, whether or not `text` repeats it."""
-    return sample.text.removeprefix(sample.prompt) if sample.prompt else sample.text

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from jobs.report_run import Run, StageFigures, continuation, read_run, run_directories, stages
+from jobs.report_run import Run, StageFigures, read_run, run_directories, stages
 from pipelines.manifest import Manifest
 
 
@@ -61,9 +61,7 @@ def stage_rows(run: Run) -> list[StageRow]:
     rows = [_stage_row(stage) for stage in found]
     if len(rows) > 1:
         total = f"{sum(stage.seconds for stage in found):,.1f}"
-        rows.append(
-            StageRow(command="all", seconds=total, bytes="", bytes_per_second="", working_bytes_per_second="")
-        )
+        rows.append(StageRow(command="all", seconds=total, bytes="", bytes_per_second="", working_bytes_per_second=""))
     return rows
 
 
@@ -84,7 +82,7 @@ def headline(run: Run) -> list[Row]:
     """The few figures that stand at the top of the page."""
     rows: list[Row] = []
     evaluation = run.evaluation
-    if evaluation is not None and evaluation.bpb is not None:
+    if evaluation is not None:
         gzip = evaluation.baselines.get("gzip -9")
         note = "bits per byte, held-out text"
         if gzip:
@@ -120,7 +118,7 @@ def print_summary(run: str, console: Console | None = None) -> None:
         console.print(_stage_table(rows))
     if found.sample is not None:
         console.print(Text("Generated after the prompt:", style="bold"))
-        console.print(Text.assemble((found.sample.prompt, "dim"), continuation(found.sample)), end="\n\n")
+        console.print(Text.assemble((found.sample.prompt, "dim"), found.sample.text), end="\n\n")
 
 
 def _dataset_rows(run: Run) -> Iterator[Row]:

@@ -6,17 +6,12 @@ from contextlib import contextmanager
 
 from ray.data import DataContext
 
-_CONSOLE_LEVELS = {
-    "ray.data": logging.WARNING,
-    "ray.data._internal.progress": logging.ERROR,  # warns that the progress bars are off, as they are meant to be
-}
-
 
 @contextmanager
 def quiet_ray_data(stall_seconds: float) -> Iterator[None]:
-    """For datasets that are made and consumed inside the block: no progress bars or plans on the console (warnings do
-    pass), no failed block tolerated, the original exception instead of a wrapped one, and an error when no unit of work
-    finishes for `stall_seconds`.
+    """For datasets that are made and consumed inside the block: no progress bars, plans or tracebacks on the console
+    (they go to Ray Data's log file alone), no failed block tolerated, the original exception instead of a wrapped one,
+    and an error when no unit of work finishes for `stall_seconds`.
     """
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -24,12 +19,13 @@ def quiet_ray_data(stall_seconds: float) -> Iterator[None]:
     context.max_errored_blocks = 0
     context.raise_original_map_exception = True
     context.execution_no_progress_timeout_s = stall_seconds
-    before = {name: logging.getLogger(name).level for name in _CONSOLE_LEVELS}
-    for name, level in _CONSOLE_LEVELS.items():
-        logging.getLogger(name).setLevel(level)
+    consoles = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
+    levels = [console.level for console in consoles]
+    for console in consoles:
+        console.setLevel(logging.CRITICAL + 1)
     try:
         with DataContext.current(context):
             yield
     finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
+        for console, level in zip(consoles, levels, strict=True):
+            console.setLevel(level)

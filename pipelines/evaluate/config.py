@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from blt.errors import ConfigError
+from pipelines.actor_pool import ActorPoolConfig
 from pipelines.manifest import Split
-from pipelines.patch.pool import ActorPoolConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,13 @@ import ray
 from blt.checkpoint import LanguageModelConfig, language_model_config, language_model_fingerprint
 from blt.errors import CheckpointError, ConfigError, DataError
 from blt.loss import bits_per_byte
+from pipelines.actor_pool import run_units
 from pipelines.evaluate.actor import EvaluateActor, EvaluateUnit, UnitScores
 from pipelines.evaluate.baselines import stream_sizes
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.evaluation import Evaluation, SourceFigures, bootstrap_interval
 from pipelines.evaluate.scoring import Nats
 from pipelines.manifest import Manifest, Patching, ShardEntry, read_manifest
-from pipelines.patch.pool import run_units
 from pipelines.storage import Storage
 from pipelines.train.row_group import num_row_groups
 

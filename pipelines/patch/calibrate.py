@@ -20,11 +20,11 @@ from blt.checkpoint import entropy_model_fingerprint
 from blt.entropy_model import EntropyModel, document_entropies
 from blt.errors import ConfigError
 from blt.patching import PatchRule, document_patch_starts
+from pipelines.actor_pool import ActorPoolConfig, run_units
 from pipelines.manifest import read_manifest
 from pipelines.patch.calibration import Calibration, CalibrationRow
 from pipelines.patch.model import load_model
 from pipelines.patch.plan import DEFAULT_MAX_PATCH_LENGTH, limited
-from pipelines.patch.pool import ActorPoolConfig, run_units
 from pipelines.patch.sample import SampleUnit, choose_sample, read_sample
 from pipelines.storage import Storage
 

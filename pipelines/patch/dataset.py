@@ -14,12 +14,12 @@ import msgspec
 from blt.checkpoint import entropy_model_fingerprint
 from blt.errors import ConfigError, DataError
 from blt.patching import PatchRule
+from pipelines.actor_pool import run_units
 from pipelines.manifest import MANIFEST_PATH, Manifest, ShardEntry, read_manifest, write_manifest
 from pipelines.patch.actor import PatchActor, Receipt
 from pipelines.patch.calibration import read_calibration
 from pipelines.patch.commit import Commit, claim, read_commits
 from pipelines.patch.plan import PatchConfig, PatchPlan, PatchUnit, limited, make_plan
-from pipelines.patch.pool import run_units
 from pipelines.patch.stats import write_stats
 from pipelines.storage import Storage
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from blt.errors import ConfigError, DataError
 from blt.patching import PatchRule
+from pipelines.actor_pool import ActorPoolConfig
 from pipelines.manifest import Manifest, Patching, ShardEntry, Split
-from pipelines.patch.pool import ActorPoolConfig
 from pipelines.schema import SCHEMA_VERSION
 
 DEFAULT_MAX_PATCH_LENGTH = 512

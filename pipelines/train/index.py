@@ -57,10 +57,9 @@ def build_index(
     """The index of a split, read from the dataset if it was made before. DataError if the split holds nothing."""
     manifest, storage = read_manifest(root), Storage(root)
     path = f"_index/{split}-{sequence_patches}-{sequence_bytes}.json"
-    if storage.exists(path):
-        found = msgspec.json.decode(storage.read_bytes(path), type=Index)
-        if found.dataset == manifest.fingerprint:
-            return found
+    found = _read_index(storage, path)
+    if found is not None and found.dataset == manifest.fingerprint:
+        return found
     read = ray.remote(num_cpus=1)(index_shard)
     pending = [read.remote(root, shard.path, sequence_patches, sequence_bytes) for shard in manifest.split(split)]
     row_groups: list[IndexedRowGroup] = []
@@ -79,6 +78,16 @@ def build_index(
     )
     storage.write_replace(path, msgspec.json.encode(index))
     return index
+
+
+def _read_index(storage: Storage, path: str) -> Index | None:
+    """The stored index; None if there is none, or one that another version wrote."""
+    if not storage.exists(path):
+        return None
+    try:
+        return msgspec.json.decode(storage.read_bytes(path), type=Index)
+    except msgspec.DecodeError:
+        return None
 
 
 def index_shard(root: str, path: str, sequence_patches: int | None, sequence_bytes: int) -> list[IndexedRowGroup]:

@@ -31,23 +31,30 @@ def read_row_group(storage: Storage, path: str, number: int, with_text: bool = T
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read row group {number} of {storage.url(path)}: {error}") from error
     lengths = table["n_bytes"].to_numpy().astype(np.int64)
-    text = _joined(table["text"]) if with_text else np.zeros(int(lengths.sum()), np.uint8)
-    starts = _starts(_joined(table["patch_starts"]), lengths) if "patch_starts" in table.column_names else None
-    if len(text) != lengths.sum() or (starts is not None and len(starts) != (lengths + 1).sum()):
-        raise DataError(f"row group {number} of {storage.url(path)}: n_bytes does not agree with its columns")
+    name = f"row group {number} of {storage.url(path)}"
+    text = _joined(table["text"], lengths, name) if with_text else np.zeros(int(lengths.sum()), np.uint8)
+    if "patch_starts" not in table.column_names:
+        return join_documents(text, lengths, None)
+    starts = _starts(_joined(table["patch_starts"], (lengths + 8) // 8, name), lengths)
+    if not starts[np.cumsum(lengths + 1) - (lengths + 1)].all():
+        raise DataError(f"{name}: in patch_starts of a document, the first byte (or EOS) does not start a patch")
     return join_documents(text, lengths, starts)
 
 
-def _joined(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
-    """All bytes of a binary column, end to end, without a copy where it is one chunk."""
-    parts = []
+def _joined(column: pa.ChunkedArray, lengths: Integers, name: str) -> npt.NDArray[np.uint8]:
+    """All bytes of a binary column, end to end; DataError unless its values have these lengths."""
+    parts, sizes = [np.zeros(0, np.uint8)], [np.zeros(0, np.int64)]
     for chunk in column.chunks:
         wide = chunk.cast(pa.large_binary())
         _, offsets, data = wide.buffers()
         borders = np.frombuffer(offsets, np.int64)[wide.offset : wide.offset + len(wide) + 1]
-        if data is not None:
+        sizes.append(np.diff(borders))
+        if data is not None and len(borders):
             parts.append(np.frombuffer(data, np.uint8)[borders[0] : borders[-1]])
-    return np.concatenate(parts) if parts else np.zeros(0, np.uint8)
+    if not np.array_equal(np.concatenate(sizes), lengths):
+        raise DataError(f"{name}: n_bytes does not agree with its other columns")
+    parts = [part for part in parts if len(part)] or parts[:1]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _starts(packed: npt.NDArray[np.uint8], lengths: Integers) -> npt.NDArray[np.bool_]:
@@ -55,5 +62,5 @@ def _starts(packed: npt.NDArray[np.uint8], lengths: Integers) -> npt.NDArray[np.
     bits = np.unpackbits(packed, bitorder="little")
     stored = (lengths + 8) // 8 * 8
     first = np.cumsum(stored) - stored
-    place = np.arange(int(stored.sum())) - np.repeat(first, stored)
-    return bits[: len(place)][place < np.repeat(lengths + 1, stored)].view(np.bool_)
+    place = np.arange(len(bits)) - np.repeat(first, stored)
+    return bits[place < np.repeat(lengths + 1, stored)].view(np.bool_)

@@ -49,6 +49,8 @@ def read_training_state(directory: Path, run: str) -> TrainingState:
     path = directory / TRAINING_NAME
     try:
         state = TrainingState(**json.loads(path.read_text(encoding="utf-8")))
+        if type(state.steps_done) is not int:
+            raise TypeError(f"steps_done is {state.steps_done!r}")
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     if state.run != run:
@@ -63,8 +65,9 @@ def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
         tensors = load_file(path)
         for name, parameter in model.named_parameters():
             moments = {moment: tensors.pop(f"{moment}.{name}") for moment in MOMENTS}
-            if moments["exp_avg"].shape != parameter.shape:
-                raise CheckpointError(f"{path}: {name} has shape {list(moments['exp_avg'].shape)}")
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moments[moment].shape != parameter.shape:
+                    raise CheckpointError(f"{path}: {moment}.{name} has shape {list(moments[moment].shape)}")
             optimizer.state[parameter] = {moment: value.to(parameter.device) for moment, value in moments.items()}
     except (OSError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error

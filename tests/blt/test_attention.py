@@ -24,7 +24,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mask_BTS: Tensor) -> Tensor:
 
 
 def visible(document_ids_BT: Tensor, window: int | None, carried: int) -> Tensor:
-    """Bool [B,T,S] by the rule alone: same document (carried keys are of the row's first), j <= i, j within the window."""
+    """Bool [B,T,S]: same document (carried keys are of the row's first), j <= i, j within the window."""
     rows = []
     for documents in document_ids_BT.tolist():
         runs = list(accumulate((before != here for before, here in pairwise(documents)), initial=0))

@@ -1,13 +1,11 @@
-"""The actor pool: one adapter from a stage's declared resources to Ray Data, shared by patch and calibrate.
+"""The actor pool: one adapter from a stage's declared resources to Ray Data, shared by patch, calibrate and eval.
 
 In: work units (small dicts) and an actor class. Out: the small dict that each unit returns, in the order of completion.
 The units travel through Ray Data, the data does not: actors read their shard from storage and write it there.
 """
 
-import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +15,7 @@ from ray.data import ActorPoolStrategy
 from ray.data.exceptions import ExecutionTimeoutError
 
 from blt.errors import BltError, ConfigError
+from pipelines.ray_data import quiet_ray_data
 
 _MAX_DEATHS_PER_ACTOR = 8
 """Deaths of one actor, and retries of one unit, that are made good before the job fails: a unit that kills its process
@@ -27,7 +26,7 @@ Unit = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class ActorPoolConfig:
-    """Actors that run the entropy model, and what each of them takes."""
+    """Actors that run a model, and what each of them takes."""
 
     min_actors: int = 1
     """Fewest actors; the pool starts with as many as fit, up to max_actors."""
@@ -79,11 +78,33 @@ def run_units(
     """
     if not units:
         return
+    with quiet_ray_data(config.stall_seconds):
+        try:
+            yield from _dataset(units, actor, arguments, config).iter_rows()
+        except ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, BltError):
+                raise
+            # Ray Data appends advice about its own retry settings to the message.
+            message = str(error.cause).partition("\nFailed to apply")[0]
+            raise type(error.cause)(message) from None
+        except ray.exceptions.RayActorError as error:
+            raise BltError(
+                f"an actor of {actor.__name__} died, with no more of its {_MAX_DEATHS_PER_ACTOR} restarts left "
+                f"(out of memory?): {' '.join(str(error).split())[:300]}"
+            ) from error
+        except ExecutionTimeoutError as error:
+            raise BltError(f"no unit of work finished for stall_seconds={config.stall_seconds:g}") from error
+
+
+def _dataset(
+    units: Sequence[Unit], actor: type, arguments: Mapping[str, Any], config: ActorPoolConfig
+) -> ray.data.Dataset:
+    """The units, one a block, mapped over a pool of actors."""
     num_actors = _pool_size(len(units), config)
     with warnings.catch_warnings():
         # Ray 2.60 calls max_restarts and max_task_retries deprecated and has no other name for them yet.
         warnings.simplefilter("ignore", DeprecationWarning)
-        dataset = ray.data.from_items([dict(unit) for unit in units], override_num_blocks=len(units)).map_batches(
+        return ray.data.from_items([dict(unit) for unit in units], override_num_blocks=len(units)).map_batches(
             actor,
             batch_size=1,
             fn_constructor_kwargs=dict(arguments),
@@ -98,27 +119,6 @@ def run_units(
             max_restarts=_MAX_DEATHS_PER_ACTOR,
             max_task_retries=_MAX_DEATHS_PER_ACTOR,
         )
-    dataset.context.enable_progress_bars = False
-    dataset.context.print_on_execution_start = False
-    dataset.context.max_errored_blocks = 0
-    dataset.context.raise_original_map_exception = True
-    dataset.context.execution_no_progress_timeout_s = config.stall_seconds
-    with _quiet_console():
-        try:
-            yield from dataset.iter_rows()
-        except ray.exceptions.RayTaskError as error:
-            if not isinstance(error.cause, BltError):
-                raise
-            # Ray Data appends advice about its own retry settings to the message.
-            message = str(error.cause).partition("\nFailed to apply")[0]
-            raise type(error.cause)(message) from None
-        except ray.exceptions.RayActorError as error:
-            raise BltError(
-                f"an actor of {actor.__name__} died, with no more of its {_MAX_DEATHS_PER_ACTOR} restarts left "
-                f"(out of memory?): {' '.join(str(error).split())[:300]}"
-            ) from error
-        except ExecutionTimeoutError as error:
-            raise BltError(f"no unit of work finished for stall_seconds={config.stall_seconds:g}") from error
 
 
 def _pool_size(num_units: int, config: ActorPoolConfig) -> int:
@@ -138,17 +138,3 @@ def _pool_size(num_units: int, config: ActorPoolConfig) -> int:
     if not config.wait_for_resources:
         most = min(most, fits)
     return max(1, min(most, num_units))
-
-
-@contextmanager
-def _quiet_console() -> Iterator[None]:
-    """Ray Data prints its plan, and the traceback of each error: inside this block they go to its log file alone."""
-    consoles = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
-    levels = [console.level for console in consoles]
-    for console in consoles:
-        console.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        for console, level in zip(consoles, levels, strict=True):
-            console.setLevel(level)

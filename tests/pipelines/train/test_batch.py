@@ -1,0 +1,111 @@
+"""Batches: what the models accept, with padding and context that weigh nothing."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blt.entropy_model import EntropyModel, EntropyModelConfig
+from blt.loss import NO_TARGET
+from blt.model import BLT
+from blt.step import tally_batch
+from pipelines.train.batch import make_batch
+from pipelines.train.packing import cut_sequences, document_windows, take_sequence
+from tests.model_cases import blt_config, randomised, transformer_config
+from tests.pipelines.train.patched import (
+    MAX_PATCH,
+    Patched,
+    naive_row_group,
+    patched,
+    patched_documents,
+    random_document,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def blt() -> BLT:
+    return randomised(BLT(blt_config())).double()
+
+
+@pytest.fixture(scope="module")
+def entropy_model() -> EntropyModel:
+    return randomised(EntropyModel(EntropyModelConfig(transformer=transformer_config()))).double()
+
+
+@settings(max_examples=40)
+@given(patched_documents(), st.integers(2, 12), st.integers(MAX_PATCH, 30), st.integers(1, 5))
+def test_the_model_takes_every_batch_and_padding_weighs_nothing(
+    blt: BLT, documents: list[Patched], max_patches: int, max_bytes: int, rows: int
+) -> None:
+    group = naive_row_group(documents)
+    cuts = cut_sequences(group, max_patches, max_bytes).tolist()
+    sequences = [take_sequence(group, *pair) for pair in zip(cuts, cuts[1:], strict=False)][:rows]
+    batch = make_batch(sequences, with_patches=True)
+    assert batch.patch_lengths_BP is not None
+    length = batch.byte_ids_BT.shape[1]
+    assert length <= max_bytes
+    assert batch.patch_lengths_BP.sum(1).tolist() == [length + 1] * len(batch.byte_ids_BT)
+    with torch.no_grad():
+        nats, targets, num_bytes = tally_batch(blt, batch.to(CPU))
+        alone = [tally_batch(blt, make_batch([sequence], with_patches=True).to(CPU)) for sequence in sequences]
+    assert int(targets) == sum(sequence.num_targets for sequence in sequences)
+    assert int(num_bytes) == sum(int(part[2]) for part in alone)
+    expected = sum(float(part[0]) for part in alone)
+    assert float(nats) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+@settings(max_examples=40)
+@given(patched_documents())
+def test_packed_documents_cost_what_each_costs_alone(
+    blt: BLT, entropy_model: EntropyModel, documents: list[Patched]
+) -> None:
+    for model, with_patches in ((blt, True), (entropy_model, False)):
+
+        def nats_of(chosen: list[Patched], model: BLT | EntropyModel = model, patches: bool = with_patches) -> float:
+            group = naive_row_group(chosen)
+            sequence = [take_sequence(group, 0, len(group.patch_starts) - 1)] if chosen else []
+            with torch.no_grad():
+                return float(tally_batch(model, make_batch(sequence, patches).to(CPU))[0])
+
+        assert nats_of(documents) == pytest.approx(sum(nats_of([document]) for document in documents), rel=1e-12)
+
+
+@pytest.mark.parametrize("with_patches", [True, False])
+def test_an_empty_batch_is_one_row_that_weighs_nothing(
+    blt: BLT, entropy_model: EntropyModel, with_patches: bool
+) -> None:
+    batch = make_batch([], with_patches).to(CPU)
+    nats, targets, num_bytes = tally_batch(blt if with_patches else entropy_model, batch)
+    assert [float(nats), int(targets), int(num_bytes)] == [0.0, 0, 0]
+    nats.backward()  # type: ignore[no-untyped-call]
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in blt.parameters())
+
+
+def test_document_ids_are_contiguous_and_padding_is_minus_one() -> None:
+    short, long = (
+        naive_row_group([patched(b"ab", [True])]),
+        naive_row_group([random_document(1, 5), random_document(2, 3)]),
+    )
+    sequences = [take_sequence(group, 0, len(group.patch_starts) - 1) for group in (short, long)]
+    batch = make_batch(sequences, with_patches=True)
+    assert batch.document_ids_BT.tolist() == [[0] * 4 + [-1] * 7, [0] * 7 + [1] * 4]
+    assert (batch.targets_BT[0, 3:] == NO_TARGET).all()
+    assert batch.targets_BT[1, 6] == NO_TARGET  # the BOS after an EOS
+    assert batch.byte_ids_BT.dtype == torch.int16  # small on the host, int64 on the device
+
+
+def test_context_is_read_but_not_scored(blt: BLT) -> None:
+    """Two windows over one document: the second's targets begin where the first's end."""
+    group = naive_row_group([random_document(3, 40)])
+    windows = document_windows(group, 8, 20)
+    assert len(windows) > 2
+    found = []
+    for first, end, scored in windows:
+        sequence = take_sequence(group, first, end, scored)
+        targets = make_batch([sequence], with_patches=True).targets_BT[0]
+        scored_places = torch.nonzero(targets != NO_TARGET).flatten()
+        assert scored_places.tolist() == list(range(max(sequence.context, 1) - 1, len(sequence.ids_M) - 1))
+        found += targets[scored_places].tolist()
+    assert found == group.ids_N[1:].tolist()
