@@ -119,6 +119,6 @@ class LocalEncoder(nn.Module):
         elif self.cross.pooling == "min":
             pooled = -max_rows(-rows, patch, total)
         else:
-            counts = sum_rows(torch.ones_like(rows[:, :1]), patch, total).clamp(min=1)
-            pooled = sum_rows(rows, patch, total) / counts
+            ones = torch.ones(len(rows), 1, device=rows.device)  # float32: bfloat16 cannot count above 256
+            pooled = sum_rows(rows, patch, total) / sum_rows(ones, patch, total).clamp(min=1).to(rows.dtype)
         return pooled.view(h_BTD.shape[0], layout.num_patches, -1)

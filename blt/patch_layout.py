@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from blt.attention import document_starts, documents_from_eos
-from blt.vocabulary import EOS
+from blt.vocabulary import EOS, VOCABULARY_SIZE
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class PatchLayout:
 
     encoder_patch: the patch that byte i belongs to. decoder_patch: the newest patch complete at byte i, that is the
     patch of byte i + 1 less one. document_ids, positions: of the bytes, [B,T]; patch_document_ids, patch_positions:
-    of the patches, [B,P].
+    of the patches, [B,P]; equal numbers along a row are one document.
     """
 
     num_patches: int
@@ -58,7 +58,8 @@ def patch_layout(byte_ids_BT: Tensor, patch_lengths_BP: Tensor, document_ids_BT:
         first = document_starts(document_ids_BT)
         documents, positions = document_ids_BT, place - torch.where(first, place, 0).cummax(1).values
         _check_openings(first & (document_ids_BT >= 0), opens)
-        patch_documents = torch.where(starts <= length, document_ids_BT.gather(1, first_byte), -1)
+        # Numbers of runs, not ids: an id that comes back after padding inside a patch must not join two documents.
+        patch_documents = torch.where(starts <= length, first.cumsum(1).gather(1, first_byte), -1)
         patch_place = torch.arange(num_patches, device=byte_ids_BT.device).expand(batch, num_patches)
         patch_first = torch.where(document_starts(patch_documents), patch_place, 0).cummax(1).values
         patch_positions = patch_place - patch_first
@@ -76,6 +77,8 @@ def patch_layout(byte_ids_BT: Tensor, patch_lengths_BP: Tensor, document_ids_BT:
 def _check(byte_ids_BT: Tensor, patch_lengths_BP: Tensor, document_ids_BT: Tensor | None) -> None:
     if byte_ids_BT.dim() != 2 or byte_ids_BT.dtype != torch.int64 or byte_ids_BT.shape[1] == 0:
         raise ValueError(f"byte_ids must be int64 [B,T] with T >= 1, got {_told(byte_ids_BT)}")
+    if bool(((byte_ids_BT < 0) | (byte_ids_BT >= VOCABULARY_SIZE)).any()):
+        raise ValueError(f"byte_ids must lie between 0 and {VOCABULARY_SIZE - 1}")
     batch, length = byte_ids_BT.shape
     if patch_lengths_BP.dim() != 2 or patch_lengths_BP.dtype != torch.int64 or patch_lengths_BP.shape[0] != batch:
         raise ValueError(f"patch_lengths must be int64 [{batch},P], got {_told(patch_lengths_BP)}")

@@ -3,18 +3,24 @@
 In: numbers and their names. Out: a `Chart` in units of the canvas, its numbers already rounded and its texts plain.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from jobs.report_axis import Axis, Tick, exact_axis, round_axis
 from jobs.report_patches import PatchLengths
 from pipelines.patch.calibration import Calibration
 
 WIDTH, HEIGHT = 480, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 42
+LEFT, RIGHT, TOP, BOTTOM = 52, 20, 14, 42
 """Margins around the plot, for ticks and labels."""
 _MAX_POINTS = 400
 """Points of a line; more are averaged in groups, which is all that a canvas of this width can show."""
+_START = 0.03
+"""Share of a training whose steep fall does not set the scale."""
+_MOST_OVER_CHOSEN = 4
+"""Mean patch sizes above this many times the chosen one do not set the scale."""
 _HISTOGRAM_SHARE = 0.995
 _MOST_BARS, _FEWEST_BARS = 32, 8
 
@@ -29,14 +35,6 @@ class Series:
     points: tuple[Point, ...]
     style: str
     """Class that the style sheet knows: "first", "second" or "reference"."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tick:
-    """A mark on an axis at `position` on the canvas."""
-
-    position: float
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +60,11 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A line across the plot with its name: horizontal where `y` is given, vertical where `x` is."""
+    """A line across the plot: horizontal where `y` is given, vertical where `x` is."""
 
-    text: str
+    text: str = ""
+    text_y: float = 0.0
+    """Base line of the text, which stands at the right end of a horizontal line."""
     x: float | None = None
     y: float | None = None
 
@@ -81,6 +81,8 @@ class Chart:
     lines: tuple[Line, ...] = ()
     bars: tuple[Bar, ...] = ()
     rules: tuple[Rule, ...] = ()
+    is_cut: bool = False
+    """Whether lines go on above the plot."""
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -89,49 +91,31 @@ class Chart:
     bottom: int = HEIGHT - BOTTOM
 
 
-@dataclass(frozen=True, kw_only=True)
-class Axis:
-    """A linear scale from data to canvas."""
-
-    low: float
-    high: float
-    start: int
-    end: int
-
-    def at(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return round(self.start + share * (self.end - self.start), 1)
-
-    def ticks(self, count: int = 5) -> tuple[Tick, ...]:
-        """At most about `count` marks at round values."""
-        step = _round_step((self.high - self.low) / count)
-        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return tuple(Tick(position=self.at(i * step), text=_tick_text(i * step)) for i in range(first, last + 1))
-
-
 def line_chart(
     title: str,
     series: Sequence[Series],
     x_label: str,
     y_label: str,
+    *,
+    most: float = math.inf,
     references: Mapping[str, float] | None = None,
     marked: Point | None = None,
 ) -> Chart | None:
-    """Lines over a common x; `references` are horizontal lines, shown if near; None if there is nothing to draw.
+    """Lines over a common x, cut above `most`; None if there is nothing to draw.
 
-    `marked` is a point that gets lines to both axes.
+    `references` are named horizontal lines, shown where the lines come near; `marked` is a point on dashed lines.
     """
-    shown = [Series(name=s.name, style=s.style, points=_thinned(s.points)) for s in series if s.points]
+    shown = [dataclasses.replace(s, points=_thinned(s.points)) for s in series if s.points]
     if not shown:
         return None
     points = [point for s in shown for point in s.points]
-    ys = [y for _, y in points]
-    near = {name: y for name, y in (references or {}).items() if min(ys) * 0.7 <= y <= max(ys) * 1.2}
-    x_axis = _axis([x for x, _ in points], LEFT, WIDTH - RIGHT)
-    y_axis = _axis([*ys, *near.values()], HEIGHT - BOTTOM, TOP)
-    rules = [Rule(text=name, y=y_axis.at(y)) for name, y in near.items()]
+    ys = [y for _, y in points if y <= most]
+    near = {name: y for name, y in (references or {}).items() if min(ys) * 0.8 <= y <= max(ys)}
+    x_axis = exact_axis([x for x, _ in points], LEFT, WIDTH - RIGHT)
+    y_axis = round_axis([*ys, *near.values()], HEIGHT - BOTTOM, TOP)
+    rules = _named_rules(near, y_axis)
     if marked is not None:
-        rules += [Rule(text="", x=x_axis.at(marked[0])), Rule(text="", y=y_axis.at(marked[1]))]
+        rules += [Rule(x=x_axis.at(marked[0])), Rule(y=y_axis.at(marked[1]))]
     return Chart(
         title=title,
         x_label=x_label,
@@ -140,6 +124,7 @@ def line_chart(
         y_ticks=y_axis.ticks(),
         lines=tuple(_line(s, x_axis, y_axis) for s in shown),
         rules=tuple(rules),
+        is_cut=any(y > y_axis.high for _, y in points),
     )
 
 
@@ -153,7 +138,9 @@ def training_charts(name: str, records: Sequence[Mapping[str, float]], reference
         train = _metric(records, f"train/{key}", "train", "first")
         valid = _metric(records, f"valid/{key}", "valid", "second")
         shown = references if key == "bpb" else {}
-        charts.append(line_chart(f"{name}: {name_of_key}", [train, valid], "step", y_label, shown))
+        most = _after_the_start([*train.points, *valid.points])
+        title = f"{name}: {name_of_key}"
+        charts.append(line_chart(title, [train, valid], "step", y_label, most=most, references=shown))
     return [chart for chart in charts if chart is not None]
 
 
@@ -162,7 +149,14 @@ def calibration_chart(calibration: Calibration) -> Chart | None:
     points = tuple((row.threshold, row.mean_patch_bytes) for row in calibration.table)
     series = Series(name="mean patch", points=points, style="first")
     chosen = (calibration.threshold, calibration.mean_patch_bytes)
-    return line_chart("Threshold and mean patch size", [series], "threshold (nats)", "bytes per patch", marked=chosen)
+    return line_chart(
+        "Threshold and mean patch size",
+        [series],
+        "threshold (nats)",
+        "bytes per patch",
+        most=_MOST_OVER_CHOSEN * calibration.mean_patch_bytes,
+        marked=chosen,
+    )
 
 
 def histogram(lengths: PatchLengths) -> Chart | None:
@@ -175,7 +169,7 @@ def histogram(lengths: PatchLengths) -> Chart | None:
     if beyond := sum(lengths.counts[last + 1 :]):
         counts.append((f">{last}", beyond))
     shares = [100 * count / total for _, count in counts]
-    y_axis = _axis([0.0, *shares], HEIGHT - BOTTOM, TOP)
+    y_axis = round_axis([0.0, *shares], HEIGHT - BOTTOM, TOP)
     step = (WIDTH - RIGHT - LEFT) / len(counts)
     every = math.ceil(len(counts) / 16)
     ticks = [
@@ -209,6 +203,22 @@ def _metric(records: Sequence[Mapping[str, float]], key: str, name: str, style: 
     return Series(name=name, points=points, style=style)
 
 
+def _after_the_start(points: Sequence[Point]) -> float:
+    """The highest y once the first steps of a training are over."""
+    last = max((x for x, _ in points), default=0.0)
+    return max((y for x, y in points if x >= _START * last), default=math.inf)
+
+
+def _named_rules(values: Mapping[str, float], y_axis: Axis) -> list[Rule]:
+    """Horizontal lines from the top down, each name above its line, or below it where it would meet the one before."""
+    rules: list[Rule] = []
+    for name, value in sorted(values.items(), key=lambda item: -item[1]):
+        y = y_axis.at(value)
+        crowded = bool(rules) and y - 4 - rules[-1].text_y < 17
+        rules.append(Rule(text=name, text_y=y + 12 if crowded else y - 4, y=y))
+    return rules
+
+
 def _line(series: Series, x_axis: Axis, y_axis: Axis) -> Line:
     at = [(x_axis.at(x), y_axis.at(y)) for x, y in series.points]
     titles = [f"{series.name}: {y:.4g} at {x:.6g}" for x, y in series.points]
@@ -219,25 +229,6 @@ def _line(series: Series, x_axis: Axis, y_axis: Axis) -> Line:
         points=" ".join(f"{x:g},{y:g}" for x, y in at),
         markers=tuple((x, y, title) for (x, y), title in zip(at, titles, strict=True)) if marked else (),
     )
-
-
-def _axis(values: Sequence[float], start: int, end: int) -> Axis:
-    """A scale that holds the values, from a tick to a tick."""
-    low, high = min(values), max(values)
-    if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
-    step = _round_step((high - low) / 5)
-    return Axis(low=math.floor(low / step) * step, high=math.ceil(high / step) * step, start=start, end=end)
-
-
-def _round_step(step: float) -> float:
-    """The next of 1, 2, 2.5, 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(step))
-    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * (1 - 1e-9))
-
-
-def _tick_text(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{round(value, 6):g}"
 
 
 def _thinned(points: tuple[Point, ...]) -> tuple[Point, ...]:

@@ -7,7 +7,6 @@ template's escaping; there is no markup in this module.
 import functools
 import hashlib
 import math
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from jobs.report_chart import Chart, calibration_chart, histogram, training_char
 from jobs.report_passage import COLUMN_WIDTH, CURVE_HEIGHT, Layout, lay_out
 from jobs.report_patches import Passage, PatchLengths
 from jobs.report_run import COMMANDS, Run
-from jobs.report_table import Comparison, comparisons, headline, stage_rows, summary_rows
+from jobs.report_table import Comparison, comparisons, headline, stage_rows, summary_rows, visible
 
 TEMPLATES = Path(__file__).parent / "templates"
 _TEMPLATE = "report.html.jinja"
@@ -87,15 +86,6 @@ def template_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def visible(text: str) -> str:
-    """The text with what a page cannot show (control characters, half surrogates) as escapes; newlines stay."""
-    hidden = ("Cc", "Cf", "Cs", "Cn")
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in hidden and c not in "\n\t" else c
-        for c in text
-    )
-
-
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -111,9 +101,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _trainings(run: Run) -> list[Chart]:
-    references: dict[str, float] = {}
-    if run.evaluation is not None:
-        references = {f"{name} of the held-out text": bpb for name, bpb in run.evaluation.baselines.items()}
+    references = run.evaluation.baselines if run.evaluation is not None else {}
     return [
         chart
         for part, name in (("model", "BLT"), ("entropy_model", "Entropy model"))

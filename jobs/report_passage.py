@@ -159,7 +159,7 @@ def _shown(data: bytes) -> tuple[str, str, int]:
         return ("↵" if data == b"\n" else "⇥"), "symbol", 1
     character = data.decode(errors="replace")
     if character == "\ufffd" or (character != " " and unicodedata.category(character)[0] in "CMZ"):
-        return data.hex(" ").upper(), "hex", 3 * len(data) - 1
+        return data.hex(" ").upper(), "hex", 3 * len(data)
     return character, "text", len(data)
 
 

@@ -3,8 +3,10 @@
 In: a `Run`. Out: rows with a label, a value and a note; `print_summary` shows them with rich.
 """
 
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -110,7 +112,7 @@ def duration(seconds: float) -> str:
 
 
 def print_summary(run: str, console: Console | None = None) -> None:
-    """Print the tables and the sample of the run in the directory `run`, to standard output unless told otherwise."""
+    """Print tables, sample and the page's path of the run in `run`, to standard output unless told otherwise."""
     console = console or Console()
     found = read_run(run_directories(run))
     console.print(_summary_table(found))
@@ -118,7 +120,18 @@ def print_summary(run: str, console: Console | None = None) -> None:
         console.print(_stage_table(rows))
     if found.sample is not None:
         console.print(Text("Generated after the prompt:", style="bold"))
-        console.print(Text.assemble((found.sample.prompt, "dim"), found.sample.text), end="\n\n")
+        console.print(Text.assemble((visible(found.sample.prompt), "dim"), visible(found.sample.text)), end="\n\n")
+    if (page := Path(run) / "report.html").exists():
+        console.print(Text.assemble(("Report: ", "bold"), str(page)), soft_wrap=True)
+
+
+def visible(text: str) -> str:
+    """The text with control characters, half surrogates and the like as escapes; newlines and tabs stay."""
+    hidden = ("Cc", "Cf", "Cs", "Cn")
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in hidden and c not in "\n\t" else c
+        for c in text
+    )
 
 
 def _dataset_rows(run: Run) -> Iterator[Row]:

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from blt.checkpoint import LanguageModel, load
 from blt.entropy_model import document_nats
-from blt.errors import DataError
+from blt.errors import CheckpointError, DataError
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.scoring import document_lengths, document_patches, document_texts, score_documents
 from pipelines.storage import Storage
@@ -50,7 +51,9 @@ class UnitScores:
 
 
 class EvaluateActor:
-    """Scores one unit per call. CheckpointError for a broken model, DataError for a broken shard."""
+    """Scores one unit per call. CheckpointError for a model that is broken or whose loss is not finite, DataError for a
+    broken shard.
+    """
 
     def __init__(self, *, config: EvaluateConfig, model: str, data: str) -> None:
         self._config, self._directory, self._storage = config, model, Storage(data)
@@ -74,13 +77,16 @@ class EvaluateActor:
             batch_bytes=self._config.batch_bytes,
         )
         scoring_seconds = time.perf_counter() - started
+        entropy_model_nats = self._entropy_model_nats(language_model, group)
+        if not np.isfinite((*nats, *(entropy_model_nats or ()))).all():
+            raise CheckpointError(f"{self._directory}: the loss on {self._storage.url(unit.path)} is not finite")
         return UnitScores(
             unit=unit,
             sources=tuple(_read_sources(self._storage, unit)),
             bytes=tuple(document_lengths(group).tolist()),
             patches=tuple(document_patches(group).tolist()),
             nats=tuple(nats.tolist()),
-            entropy_model_nats=self._entropy_model_nats(language_model, group),
+            entropy_model_nats=entropy_model_nats,
             scoring_seconds=scoring_seconds,
         )
 

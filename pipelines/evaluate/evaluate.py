@@ -14,7 +14,7 @@ import numpy.typing as npt
 import ray
 
 from blt.checkpoint import LanguageModelConfig, language_model_config, language_model_fingerprint
-from blt.errors import CheckpointError, ConfigError, DataError
+from blt.errors import ConfigError, DataError
 from blt.loss import bits_per_byte
 from pipelines.actor_pool import run_units
 from pipelines.evaluate.actor import EvaluateActor, EvaluateUnit, UnitScores
@@ -50,8 +50,6 @@ def evaluate(
     scores = _score_units(config, _units(shards, storage), model, storage, on_progress)
     _check_counts(shards, scores, storage)
     documents = _Documents(scores)
-    if not np.isfinite(documents.nats).all():
-        raise CheckpointError(f"{model}: the loss of this model on {data} is not finite")
     low, high = bootstrap_interval(documents.nats, documents.bytes, config.bootstrap_resamples, config.seed)
     total = documents.total()
     return Evaluation(

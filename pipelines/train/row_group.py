@@ -14,8 +14,12 @@ from pipelines.train.packing import Integers, RowGroup, join_documents
 
 
 def num_row_groups(storage: Storage, path: str) -> int:
-    with storage.open(path) as file:
-        return int(pq.ParquetFile(file).num_row_groups)
+    """Row groups of the shard at `path`; DataError, naming the file, if it cannot be read."""
+    try:
+        with storage.open(path) as file:
+            return int(pq.ParquetFile(file).num_row_groups)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"cannot read {storage.url(path)}: {error}") from error
 
 
 def read_row_group(storage: Storage, path: str, number: int, with_text: bool = True) -> RowGroup:

@@ -15,11 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blt import layers
-from blt.entropy_model import STREAM_BYTES, EntropyModel, EntropyModelConfig, document_entropies, next_byte_entropy
+from blt.entropy_model import (
+    STREAM_BYTES,
+    ContextStream,
+    EntropyModel,
+    EntropyModelConfig,
+    document_entropies,
+    document_nats,
+    next_byte_entropy,
+)
 from blt.errors import ConfigError
 from blt.layers import TransformerConfig
 from blt.patching import PatchRule, document_patch_starts
-from blt.vocabulary import BOS, encode
+from blt.vocabulary import BOS, EOS, encode
 from tests.model_cases import randomised, transformer_config
 
 PROMISED, FLOAT64 = 1e-4, 1e-6
@@ -138,6 +146,34 @@ def test_streams_of_any_row_length_agree() -> None:
     for row_bytes in (4096, 777):
         (found,) = document_entropies(model, [document], row_bytes=row_bytes)
         torch.testing.assert_close(found, reference, rtol=0, atol=FLOAT64)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 100, 8200])
+def test_context_stream_equals_one_pass(piece_bytes: int) -> None:
+    """Fed in pieces of any size, across a multiple of 8192 where the pieces are large enough to get there."""
+    model = model_of(dtype=torch.float64)
+    context = with_bos(random_document(STREAM_BYTES + 50 if piece_bytes >= 100 else 200))
+    stream = ContextStream(model)
+    with torch.no_grad():
+        logits = torch.cat([stream.feed(piece) for piece in context.split(piece_bytes)])
+    assert stream.position == len(context)
+    torch.testing.assert_close(next_byte_entropy(logits), alone(model, context), rtol=0, atol=PROMISED)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_nats_are_of_the_distributions_of_the_entropies(reset: bool) -> None:
+    """-ln p of each byte and of EOS under the contexts that the entropies have."""
+    model = model_of(dtype=torch.float64)
+    documents = [b"", b"a\nbc\n\n", random_document(150)]
+    for document, nats in zip(documents, document_nats(model, documents, reset_on_newline=reset), strict=True):
+        ids, next_ids = with_bos(document), torch.cat((encode(document), torch.tensor([EOS])))
+        newlines = (ids == encode(b"\n")).nonzero().flatten().tolist() if reset else []
+        with torch.no_grad():
+            contexts = [context for context in ids.tensor_split(newlines) if len(context)]
+            logits = torch.cat([model(context[None])[0] for context in contexts])
+        expected = -torch.log_softmax(logits, -1).gather(1, next_ids[:, None])[:, 0]
+        assert nats.dtype == torch.float32
+        torch.testing.assert_close(nats, expected.float(), rtol=0, atol=FLOAT64)
 
 
 LINES = st.lists(st.binary(max_size=30).map(lambda line: line.replace(b"\n", b" ")), min_size=1, max_size=6)

@@ -91,24 +91,23 @@ def test_entropies_of_a_long_document_need_one_chunk() -> None:
     assert largest.num_elements <= LENGTH * 260, largest.operation
 
 
+class OuterInBackward(torch.autograd.Function):
+    """A sum whose backward pass makes an N x N product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (x @ x.T) @ x * grads[0]
+
+
 def test_the_measure_sees_dense_attention_forward_and_backward() -> None:
     """It would notice: scores made in a forward, and those that only a backward makes."""
     x = torch.randn(50, 4, requires_grad=True)
     assert largest_of(lambda: torch.softmax(x @ x.T, -1) @ x).num_elements == 50 * 50
-    outer = torch.einsum("i,j->", x[:, 0], x[:, 1])
-    assert largest_of(lambda: (x[:, 0].sum() * x[:, 1].sum()).backward()).num_elements == 50 * 4
-
-    class OuterInBackward(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x.sum()
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Tensor:
-            (x,) = ctx.saved_tensors
-            return (x @ x.T) @ x * grads[0]
-
     loss: Tensor = OuterInBackward.apply(x)  # type: ignore[no-untyped-call]
     assert largest_of(loss.backward).num_elements == 50 * 50
-    del outer

@@ -67,12 +67,22 @@ def assert_patches(batch: Batch, row: int, patch_of: list[int], documents_P: Ten
         elif members and int(batch.document_ids[row, members[0]]) >= 0:
             document = int(batch.document_ids[row, members[0]])
             index = index + 1 if document == before else 0
-            assert (int(documents_P[patch]), int(positions_P[patch])) == (document, index)
+            assert int(positions_P[patch]) == index
+            joined = patch > 0 and int(documents_P[patch]) == int(documents_P[patch - 1])
+            assert joined == (document == before)
             before = document
 
 
 def ids(*values: int) -> Tensor:
     return torch.tensor([values])
+
+
+def test_an_id_that_comes_back_is_another_document() -> None:
+    byte_ids, lengths = ids(5, 6, 7, 0, 9, 10, 11), ids(1, 1, 2, 1, 1, 1, 1)
+    again = patch_layout(byte_ids, lengths, ids(0, 0, 0, -1, 0, 0, 0))
+    other = patch_layout(byte_ids, lengths, ids(0, 0, 0, -1, 1, 1, 1))
+    assert again.patch_positions_BP.tolist() == other.patch_positions_BP.tolist()
+    assert again.patch_document_ids_BP.tolist() == other.patch_document_ids_BP.tolist()
 
 
 BYTES = ids(5, 6, 7, 8)

@@ -1,6 +1,6 @@
 """The packaged configurations: that they load, and that their models are the published ones.
 
-Models are built without storage. Parameters are counted in two ways. The paper's FLOP equations (13 to 17) count a block
+Models are built without storage. Parameters have two counts. The paper's FLOP equations (13 to 17) count a block
 of width h as 12 h^2 (4 h^2 for attention, 8 h^2 for the feed-forward layer), embeddings as nothing. A packaged model
 has besides what the released weights have: feed-forward widths rounded up to 256, norms, cross-attention, projections,
 and the hash tables, which hold more than all the rest but in the 8B model. A name (400M, 1B, 8B) is a size class and
@@ -174,8 +174,8 @@ def test_blt_1b_has_as_many_parameters_as_in_transformers() -> None:
 def test_parameter_counts(
     name: str, total: int, without_tables: int, blocks: int, over_name: tuple[float, float]
 ) -> None:
-    """All parameters; all but the hash tables; the blocks as the equations count them. The last two lie `over_name` from
-    the name: 400M and 1B are below, 8B is above what its models hold without tables."""
+    """All parameters; all but the hash tables; the blocks as the equations count them. The last two lie `over_name`
+    from the name: 400M and 1B are below what their models hold without tables, 8B is above."""
     config = blt_config(name).model
     model = blt_without_storage(config)
     counted = count(model)

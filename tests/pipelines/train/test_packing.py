@@ -1,5 +1,6 @@
 """Packing: every byte and EOS of a row group is a target once, within the limits; windows of evaluation likewise."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +20,7 @@ LIMITS = st.tuples(st.integers(2, 12), st.integers(MAX_PATCH, 30))
 
 def sequences_of(group: RowGroup, max_patches: int | None, max_bytes: int) -> list[PackedSequence]:
     cuts = cut_sequences(group, max_patches, max_bytes).tolist()
-    return [take_sequence(group, first, end) for first, end in zip(cuts, cuts[1:], strict=False)]
+    return [take_sequence(group, first, end) for first, end in itertools.pairwise(cuts)]
 
 
 def targets_of(sequence: PackedSequence) -> list[int]:
@@ -70,8 +71,6 @@ def test_every_document_and_fragment_opens_with_a_one_byte_patch(
             assert start in borders
             assert start + 1 in borders
         assert (sequence.ids_M[sequence.fragment_starts[1:]] == BOS).all()
-        if sequence.ids_M[0] != BOS or sequence.num_targets + len(sequence.fragment_starts) != len(sequence.ids_M):
-            pass
         is_continuation = consumed not in group.document_starts
         first = consumed - is_continuation
         assert sequence.ids_M.tolist() == group.ids_N[first : first + len(sequence.ids_M)].tolist()

@@ -1,0 +1,152 @@
+"""A small finished run for the tests of the report: hostile text, a random entropy model, made-up figures."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import msgspec
+import torch
+
+from blt.checkpoint import fingerprint, save_entropy_model
+from blt.entropy_model import EntropyModel, EntropyModelConfig, document_entropies
+from blt.layers import TransformerConfig
+from blt.patching import PatchRule, document_patch_starts
+from jobs.generate import Sample
+from jobs.record import JobResult, write_record
+from jobs.report_run import COMMANDS
+from pipelines.evaluate.evaluation import Evaluation, write_evaluation
+from pipelines.manifest import Manifest, Patching, ShardEntry, read_manifest, write_manifest
+from pipelines.patch.calibration import Calibration, CalibrationRow, write_calibration
+from pipelines.patch.shard_file import patched_table, read_row_groups
+from pipelines.schema import PATCH_SCHEMA, encode_parquet
+from pipelines.storage import Storage
+from tests.pipelines.patch.corpus import EDGE_DOCUMENTS, write_documents
+
+HOSTILE = (
+    "<script>alert('Ü')</script> & \"quotes\"\r\n\ttab 日本語 e\u0301 \u202ereversed\n".encode()
+    + b"\xff\x00 broken \xe2\x82 end\n"
+    + b"many plain words that fill some lines of text " * 20
+)
+RULE = PatchRule(threshold=2.0, max_patch_length=32)
+SAMPLE_TEXT = "the <i>Union</i> & \x07 the Congress"
+EVALUATION = Evaluation(
+    documents=2,
+    bytes=1041,
+    patches=235,
+    mean_patch_bytes=4.43,
+    nats=1700.0,
+    bpb=2.4125,
+    bpb_low=2.371,
+    bpb_high=2.455,
+    seconds=12.0,
+    bytes_per_second=21300.0,
+    baselines={"gzip -9": 2.8321, "xz -9": 2.4472, "order-0": 4.3813},
+    entropy_model_bpb=2.6041,
+    per_source=(),
+    split="valid",
+    sequence_patches=64,
+    sequence_bytes=512,
+    model="ab" * 32,
+    data="cd" * 32,
+)
+
+
+def write_run(root: Path) -> Path:
+    """Write every part of a run below `root`."""
+    documents = write_documents(
+        root / "documents",
+        {"train/shard-00000.parquet": EDGE_DOCUMENTS, "valid/shard-00000.parquet": [b"short", HOSTILE]},
+    )
+    model = _entropy_model()
+    save_entropy_model(model, root / "entropy_model" / "model")
+    write_patches(root / "patches", documents, model)
+    write_calibration(str(root / "calibration"), _calibration(fingerprint(model)))
+    for part, bpb in (("entropy_model", 3.0), ("model", 2.0)):
+        _write_metrics(root / part, bpb)
+    write_evaluation(str(root / "evaluation"), EVALUATION)
+    Storage(str(root / "sample")).write_replace("sample.json", msgspec.json.encode(_sample()))
+    for index, part in enumerate(COMMANDS, start=1):
+        result = JobResult(seconds=10.5 * index, bytes=1000 * index, figures={"bytes_per_second": 12345})
+        write_record(root / part, {"key": f"<of {part}>"}, part, result)
+    return root
+
+
+def write_patches(root: Path, documents: str, model: EntropyModel) -> None:
+    """The patch dataset of a document dataset, as `blt patch` makes it."""
+    manifest, storage = read_manifest(documents), Storage(str(root))
+    entries = []
+    for entry in manifest.shards:
+        tables = []
+        for table in read_row_groups(Storage(documents), entry.path, 2**20):
+            texts = table["text"].to_pylist()
+            entropies = document_entropies(model, texts)
+            starts = [document_patch_starts(t, e, RULE).numpy() for t, e in zip(texts, entropies, strict=True)]
+            tables.append(patched_table(table, starts))
+        data = encode_parquet(tables, PATCH_SCHEMA, {}).to_pybytes()
+        assert storage.write_exclusive(entry.path, data)
+        patches = sum(sum(table["n_patches"].to_pylist()) for table in tables)
+        entries.append(_entry(entry, data, patches))
+    patching = Patching(
+        entropy_model=fingerprint(model), rule=RULE, reset_on_newline=False, dtype="float32", device="cpu"
+    )
+    whole = Manifest(kind="patches", shards=tuple(entries), counts=manifest.counts, patching=patching)
+    write_manifest(storage.root_uri, whole)
+    total = {"total": {"actor_bytes_per_second": 54321.0}, "shards": {}}
+    storage.write_replace("stats.json", json.dumps(total).encode())
+
+
+def _entry(entry: ShardEntry, data: bytes, patches: int) -> ShardEntry:
+    return dataclasses.replace(entry, patches=patches, sha256=hashlib.sha256(data).hexdigest())
+
+
+def _entropy_model() -> EntropyModel:
+    torch.manual_seed(0)
+    model = EntropyModel(EntropyModelConfig(transformer=TransformerConfig(width=32, layers=2, heads=2, window=64)))
+    with torch.no_grad():
+        model.output.weight.mul_(6.0)
+    return model.eval()
+
+
+def _calibration(entropy_model: str) -> Calibration:
+    rows = [(1.0, 2.0), (2.0, 4.5), (3.0, 90.0)]
+    return Calibration(
+        threshold=2.0,
+        mean_patch_bytes=4.5,
+        target_mean_patch_bytes=4.5,
+        rule=RULE,
+        reset_on_newline=False,
+        entropy_model=entropy_model,
+        documents="ef" * 32,
+        sample_documents=3,
+        sample_bytes=1234,
+        seed=0,
+        dtype="float32",
+        device="cpu",
+        table=tuple(
+            CalibrationRow(threshold=t, mean_patch_bytes=m, p99_patch_bytes=9, one_byte_share=0.1) for t, m in rows
+        ),
+    )
+
+
+def _write_metrics(root: Path, bpb: float) -> None:
+    records = [{"step": s, "train/loss": bpb * 0.69 + 9 / s, "train/bpb": bpb + 13 / s} for s in range(1, 101)]
+    records.append({"step": 100, "valid/loss": bpb * 0.7, "valid/bpb": bpb + 0.125})
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _sample() -> Sample:
+    return Sample(
+        prompt="Fellow <citizens>, ",
+        text=SAMPLE_TEXT,
+        bytes=33,
+        valid_utf8=True,
+        seconds=4.06,
+        bytes_per_second=8.0,
+        seed=1,
+        temperature=0.8,
+        top_k=None,
+        top_p=None,
+        model="ab" * 32,
+    )

@@ -1,0 +1,245 @@
+"""`blt report` on a small run: well-formed, self-contained, escaped, and with the numbers that the run holds."""
+
+import html.parser
+import io
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from blt.errors import ConfigError
+from jobs import report
+from jobs.command_line import main
+from jobs.report_patches import patch_lengths, read_passage
+from jobs.report_run import COMMANDS, read_run, run_directories
+from jobs.report_table import print_summary, stage_rows, summary_rows
+from pipelines.manifest import read_manifest
+from tests.jobs.report_case import EVALUATION, HOSTILE, SAMPLE_TEXT, write_run
+
+_VOID = {"meta", "link", "br"}
+
+
+class _Page(html.parser.HTMLParser):
+    """Checks nesting and collects attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.cells: list[str] = []
+        self.titles: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in _VOID:
+            self.open.append(tag)
+        if tag == "b":
+            self.titles.append(dict(attrs)["title"] or "")
+            self.cells.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "b":
+            self.cells[-1] += data
+        if "style" not in self.open:
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def page_text(run_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    output = tmp_path_factory.mktemp("page") / "report.html"
+    result = report.run(report.Config(run=str(run_directory), output=str(output), title="A <b>bold</b> title"))
+    text = output.read_text(encoding="utf-8")
+    assert (result.status, result.figures["page_bytes"]) == ("done", len(text.encode()))
+    return text
+
+
+def test_is_well_formed_and_loads_nothing(page_text: str) -> None:
+    page = _Page(page_text)
+    assert page.open == []
+    assert len(page_text) < 1_000_000
+    links = [value for _, name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")]
+    assert links == ["data:,"]
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", page_text)
+    assert not {"script", "img", "iframe", "object"} & {tag for tag, _, _ in page.attributes}
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert "default-src 'none'" in page_text
+
+
+def test_holds_the_figures_of_the_run(page_text: str, run_directory: Path) -> None:
+    text = _Page(page_text).text
+    manifest = read_manifest(str(run_directory / "patches"))
+    patches = sum(shard.patches or 0 for shard in manifest.shards)
+    bpbs = [EVALUATION.bpb, EVALUATION.bpb_low, EVALUATION.bpb_high, *EVALUATION.baselines.values(), 2.6041]
+    figures = [f"{manifest.bytes:,}", f"{patches:,}", f"{manifest.bytes / patches:.3f} bytes", "2.0000 nats"]
+    figures += [f"{bpb:.3f}" for bpb in bpbs] + ["54.3 kB/s", "12.3 kB/s", "294.0"]
+    figures += [manifest.fingerprint, "<of calibration>", "1,234 bytes"]
+    assert [figure for figure in figures if figure not in text] == []
+
+
+def test_text_is_shown_byte_for_byte(page_text: str) -> None:
+    page = _Page(page_text)
+    shown = b""
+    for cell, title in zip(page.cells, page.titles, strict=True):
+        data = bytes.fromhex(re.match(r"0x([0-9A-F]+)", title)[1])  # type: ignore[index]
+        readable = {"↵": b"\n", "⇥": b"\t"}.get(cell, cell.encode())
+        assert data == (bytes.fromhex(cell) if re.fullmatch(r"[0-9A-F]{2}( [0-9A-F]{2})*", cell) else readable)
+        shown += data
+    assert shown == HOSTILE
+    assert {"FF", "00", "0D", "↵", "⇥", "<", "日"} <= set(page.cells)
+    assert "A <b>bold</b> title" in page.text
+    assert "Fellow <citizens>, " + SAMPLE_TEXT.replace("\x07", "\\x07") in page.text
+
+
+def test_curve_stands_under_its_byte(page_text: str, run_directory: Path) -> None:
+    """Every piece has a curve of its own width, and the entropies in the titles agree with the starts."""
+    pieces = re.findall(
+        r'class="piece" style="width: (\d+)ch"><span class="c\d( opens)?.*?viewBox="0 0 (\d+) 100".*?points="([^"]+)"',
+        page_text,
+        re.DOTALL,
+    )
+    assert pieces
+    for columns, _, width, points in pieces:
+        assert int(width) == 10 * int(columns)
+        xs = [float(point.split(",")[0]) for point in points.split()]
+        assert xs == sorted(xs)
+        assert xs[0] < 10 * int(columns)
+    titles = _Page(page_text).titles
+    lengths = [int(re.search(r"patch of (\d+)", title)[1]) for title in titles]  # type: ignore[index]
+    passage = read_passage(
+        str(run_directory / "patches"), read_manifest(str(run_directory / "patches")), num_bytes=1600
+    )
+    assert passage is not None
+    assert set(lengths) == set(np.diff(np.flatnonzero([*passage.starts, True])).tolist())
+    opening = [nats for starts, nats in zip(passage.starts[1:], _nats(titles)[1:], strict=True) if starts]
+    assert max(opening) > 2.0
+    assert max(nats for starts, nats in zip(passage.starts[1:], _nats(titles)[1:], strict=True) if not starts) <= 2.0
+
+
+def _nats(titles: list[str]) -> list[float]:
+    return [float(n) for title in titles for n in title.split(" · ")[1].removesuffix(" nats").split()]
+
+
+def test_lengths_of_the_whole_dataset(run_directory: Path) -> None:
+    root = str(run_directory / "patches")
+    manifest, seen = read_manifest(root), []
+    lengths = patch_lengths(root, manifest, seen.append)
+    assert lengths.patches == sum(shard.patches or 0 for shard in manifest.shards)
+    assert sum(n * count for n, count in enumerate(lengths.counts)) == manifest.bytes == sum(seen)
+    assert lengths.longest == lengths.quantile(1.0) == 32
+    assert lengths.counts[0] == 0
+
+
+@pytest.mark.parametrize(("offset", "num_bytes"), [(0, 1), (100, 50), (len(HOSTILE) - 1, 500), (5, 10_000)])
+def test_passage_is_of_whole_patches(run_directory: Path, offset: int, num_bytes: int) -> None:
+    root = str(run_directory / "patches")
+    name = "valid/shard-00000.parquet:1"
+    passage = read_passage(root, read_manifest(root), num_bytes=num_bytes, document=name, offset=offset)
+    assert passage is not None
+    assert passage.starts[0]
+    assert passage.before + passage.text == HOSTILE[: passage.offset + len(passage.text)]
+    assert passage.offset <= offset
+    assert passage.offset + len(passage.text) >= min(offset + num_bytes, len(HOSTILE))
+
+
+def test_made_again_only_if_something_changed(run_directory: Path, tmp_path: Path) -> None:
+    copy, output = shutil.copytree(run_directory, tmp_path / "run"), tmp_path / "report.html"
+    config = report.Config(run=str(copy), output=str(output))
+    assert [report.run(config).status for _ in range(2)] == ["done", "skipped"]
+    before = output.read_bytes()
+    (copy / "sample" / "sample.json").unlink()
+    assert report.run(config).status == "done"
+    assert output.read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("part", COMMANDS)
+def test_a_part_alone_has_a_report(run_directory: Path, tmp_path: Path, part: str) -> None:
+    output = tmp_path / "report.html"
+    report.run(report.Config(output=str(output), **{part: str(run_directory / part)}))
+    page = _Page(output.read_text(encoding="utf-8"))
+    assert page.open == []
+    assert f"blt {COMMANDS[part]}" in page.text
+    if part == "patches":
+        assert "entropy curve (no entropy model)" in page.text
+
+
+def test_another_entropy_model_draws_no_curve(run_directory: Path, tmp_path: Path) -> None:
+    copy, output = shutil.copytree(run_directory, tmp_path / "run"), tmp_path / "report.html"
+    config = copy / "entropy_model" / "model" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"fingerprint": "0" * 64}))
+    report.run(report.Config(run=str(copy), output=str(output)))
+    text = output.read_text(encoding="utf-8")
+    assert "is not the entropy model that made the patches" in text
+    assert " nats · patch of" not in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "message"),
+    [
+        (["run=nothing"], 1, "run nothing holds nothing to report"),
+        (["patches=nothing"], 1, "patches nothing holds nothing of `blt patch`"),
+        ([], 2, 'key "run" must be given'),
+        (["run=x", "passage_bytes=0"], 2, "passage_bytes"),
+        (["run={run}", "passage_document=none"], 2, 'passage_document "none" is not in'),
+        (["run={run}", "passage_offset=99999"], 2, "passage_offset 99999 is beyond"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    run_directory: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: list[str],
+    code: int,
+    message: str,
+) -> None:
+    settings = [setting.format(run=run_directory) for setting in settings]
+    assert main(["report", *settings, f"output={tmp_path / 'report.html'}"]) == code
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_broken_file_is_named(run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(run_directory, tmp_path / "run")
+    (copy / "evaluation" / "evaluation.json").write_text("{")
+    assert main(["report", f"run={copy}", f"output={tmp_path / 'report.html'}"]) == 1
+    assert "evaluation/evaluation.json" in capsys.readouterr().err
+
+
+def test_terminal_shows_the_rows_of_the_page(run_directory: Path, page_text: str) -> None:
+    run, text = read_run(run_directories(str(run_directory))), io.StringIO()
+    print_summary(str(run_directory), Console(file=text, width=120))
+    page = _Page(page_text).text
+    for row in summary_rows(run):
+        assert row.value in text.getvalue()
+        assert row.value in page
+    assert [row.command for row in stage_rows(run)] == [*COMMANDS.values(), "all"]
+    total = math.fsum(10.5 * index for index in range(1, 8))
+    assert f"{total:,.1f}" in text.getvalue()
+    assert "the <i>Union</i> & \\x07 the Congress" in text.getvalue()
+
+
+def test_offset_beyond_is_a_configuration_error(run_directory: Path) -> None:
+    root = str(run_directory / "patches")
+    with pytest.raises(ConfigError, match="beyond"):
+        read_passage(root, read_manifest(root), num_bytes=5, offset=10**6)
