@@ -1,0 +1,162 @@
+"""The main path as a user runs it, each command a process of its own: done, skipped, refused, resumed."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+import blt
+from pipelines.manifest import read_manifest
+from pipelines.train.metrics import read_metrics
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+HERE = Path(__file__).parent
+SPEECHES = HERE.parent / "data" / "speeches.jsonl"
+
+
+def blt_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "jobs", *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def last_json(completed: subprocess.CompletedProcess[str]) -> dict[str, object]:
+    found = json.loads(completed.stdout.strip().splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+def ray_processes() -> set[int]:
+    return {p.pid for p in psutil.process_iter(["name"]) if p.info["name"] in ("raylet", "gcs_server")}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("flow")
+
+
+@pytest.fixture(scope="module")
+def arguments(root: Path) -> list[str]:
+    """The quickstart's arguments, on the first documents of the test speeches."""
+    corpus = root / "speeches.jsonl"
+    corpus.write_text("".join(SPEECHES.read_text(encoding="utf-8").splitlines(keepends=True)[:6]), encoding="utf-8")
+    return ["quickstart", "--config", str(HERE / "tiny.yaml"), f"shard.input={corpus}", f"output={root / 'run'}"]
+
+
+@pytest.fixture(scope="module")
+def finished(arguments: list[str]) -> dict[str, object]:
+    """A whole run, and what it says at the end."""
+    before = ray_processes()
+    completed = blt_command(*arguments)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    assert ray_processes() <= before
+    return last_json(completed)
+
+
+def test_a_run_is_complete(finished: dict[str, object], root: Path) -> None:
+    run = root / "run"
+    documents, patches = read_manifest(str(run / "documents")), read_manifest(str(run / "patches"))
+    assert finished["status"] == "done"
+    assert finished["documents"] == documents.documents == patches.documents == 6
+    assert finished["bytes"] == documents.bytes == patches.bytes
+    assert finished["patches"] == sum(shard.patches or 0 for shard in patches.shards)
+    records = read_metrics(run / "model")
+    assert [record["step"] for record in records if "train/loss" in record] == [2, 4, 6, 8]
+    assert [record["step"] for record in records if "valid/bpb" in record] == [4, 8]
+    assert all(0 < record["train/bpb"] < 12 for record in records if "train/bpb" in record)
+    assert len(list((run / "model" / "tensorboard").glob("events.*"))) >= 1
+    evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
+    assert evaluation["bpb"] == pytest.approx(finished["bpb"], abs=1e-4)
+    assert evaluation["bytes"] == sum(shard.bytes for shard in documents.split("valid"))
+    assert (run / "report.html").stat().st_size > 10_000
+
+
+def test_the_model_loads_with_its_entropy_model_and_rule(finished: dict[str, object], root: Path) -> None:
+    lm = blt.load(root / "run" / "model" / "model")
+    assert lm.entropy_model is not None
+    assert lm.patch_rule.threshold == finished["threshold"]
+    patching = read_manifest(str(root / "run" / "patches")).patching
+    assert patching is not None
+    assert blt.fingerprint(lm.entropy_model) == patching.entropy_model
+    assert len(blt.generate(lm, b"Fellow", max_new_bytes=4)) <= 4
+
+
+def test_a_second_run_skips_everything(finished: dict[str, object], arguments: list[str]) -> None:
+    completed = blt_command(*arguments)
+    assert completed.returncode == 0
+    assert last_json(completed) == finished | {"status": "skipped", "seconds": last_json(completed)["seconds"]}
+    assert completed.stderr.count("skipped, done before") == 8
+    assert "ray started" not in completed.stderr
+
+
+def test_another_configuration_is_refused(finished: dict[str, object], arguments: list[str]) -> None:
+    completed = blt_command(*arguments, "train.steps=9")
+    assert completed.returncode == 2
+    assert "another configuration" in completed.stderr
+    assert '"steps" was 8, is 9' in completed.stderr
+    assert "Traceback" not in completed.stderr
+
+
+def test_foreign_entropy_models_are_refused(finished: dict[str, object], root: Path) -> None:
+    run, other = root / "run", root / "other_entropy_model"
+    blt.save_entropy_model(blt.EntropyModel(blt.load(run / "model" / "model").entropy_model.config), other)  # type: ignore[union-attr]
+    completed = blt_command(
+        "train", "--config", str(train_config(root)), f"entropy_model={other}", f"output={root / 'refused'}"
+    )
+    assert completed.returncode == 2
+    assert 'key "entropy_model"' in completed.stderr
+    assert "Traceback" not in completed.stderr
+
+
+def test_a_broken_checkpoint_is_one_line(finished: dict[str, object], root: Path) -> None:
+    source, broken = root / "run" / "model" / "model", root / "broken"
+    subprocess.run(["cp", "-r", str(source), str(broken)], check=True)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    completed = blt_command("generate", f"model={broken}")
+    assert completed.returncode == 1
+    assert str(weights) in completed.stderr
+    assert "Traceback" not in completed.stderr
+
+
+def train_config(root: Path) -> Path:
+    """The train section of tiny.yaml as a configuration of `blt train`, on the patches of the run."""
+    settings = yaml.safe_load((HERE / "tiny.yaml").read_text(encoding="utf-8"))["train"]
+    path = root / "train.yaml"
+    path.write_text(yaml.safe_dump(settings | {"data": str(root / "run" / "patches")}), encoding="utf-8")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_driver_goes_on_from_its_checkpoint(finished: dict[str, object], root: Path, workers: int) -> None:
+    """kill -9 after a checkpoint; the same command finishes, each step stands once, and the model is the same."""
+    output = root / f"killed-{workers}"
+    command = [
+        *(sys.executable, "-m", "jobs", "train", "--config", str(train_config(root)), f"output={output}"),
+        *(f"entropy_model={root / 'run' / 'entropy_model' / 'model'}", f"workers={workers}"),
+        *("steps=40", "checkpoint_every=3", "log_every=1", "valid_every=40"),
+    ]
+    driver = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not list(output.glob("checkpoints/*/step-*/training.json")):
+        with pytest.raises(subprocess.TimeoutExpired):  # it must not have ended
+            driver.wait(0.2)
+    children = psutil.Process(driver.pid).children(recursive=True)
+    for process in (psutil.Process(driver.pid), *children):
+        if process.is_running():
+            process.send_signal(signal.SIGKILL)
+    driver.wait()
+    psutil.wait_procs(children, timeout=30)
+    steps_before = [record["step"] for record in read_metrics(output)]
+    assert steps_before[-1] < 40
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    assert "going on from a checkpoint" in completed.stderr
+    steps = [record["step"] for record in read_metrics(output) if "train/loss" in record]
+    assert steps == list(range(1, 41))
