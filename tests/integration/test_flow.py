@@ -6,9 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
+import ray  # noqa: F401
 import yaml
+
+# isort: split
+import psutil  # bundled with Ray, which puts it on the path
+
+# isort: split
 
 import blt
 from pipelines.manifest import read_manifest
