@@ -1,7 +1,7 @@
-"""Summing over ranks: one flat buffer that holds every gradient and the step's counts, so a step is one all-reduce.
+"""Summing over ranks: one flat buffer of every gradient, and the step's nats and counts beside it.
 
-Works in a process group of any backend, and without one. The counts travel as float64 pieces of the same kind of
-reduction, since float32 loses whole bytes above 2 ** 24.
+Works in a process group of any backend, and without one. The counts are float64, since float32 loses whole bytes above
+2 ** 24; so a step is one large all-reduce and one of three numbers.
 """
 
 from collections.abc import Iterable

@@ -23,6 +23,7 @@ NOT_IN_OUTPUT = (
     "micro_batch",
     "cpus_per_worker",
     "gpus_per_worker",
+    "wait_for_resources",
     "max_failures",
 )
 """Keys that have no say in the output: resources, and paths whose content the fingerprint of the inputs covers."""

@@ -50,10 +50,6 @@ class Storage:
     def exists(self, path: str) -> bool:
         return bool(self._filesystem.isfile(self._full(path)))
 
-    def size(self, path: str) -> int:
-        """Size of the file in bytes."""
-        return int(self._filesystem.size(self._full(path)))
-
     def list(self, prefix: str = "") -> Sequence[str]:
         """Every file below the directory `prefix`, relative to the root and sorted; empty where there is no such
         directory.

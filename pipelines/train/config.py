@@ -45,8 +45,10 @@ class TrainConfig:
     """Held-out sequences of an evaluation on the way."""
     log_every: int = 10
     """Steps between metric records."""
+    wait_for_resources: bool = False
+    """true on an autoscaling cluster: wait for nodes instead of refusing what the cluster cannot hold now."""
     max_failures: int = 3
-    """Worker losses that are recovered from, each from the newest checkpoint."""
+    """Failures of the worker group that are recovered from, each from the newest checkpoint."""
 
     def __post_init__(self) -> None:
         positive = ("steps", "global_batch", "micro_batch", "sequence_bytes", "shuffle_row_groups", "workers")

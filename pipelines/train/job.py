@@ -45,7 +45,14 @@ class TrainJob:
     @property
     def fingerprint(self) -> str:
         """Of everything that decides the weights: not of workers, paths or how often it is logged and saved."""
-        resources = ("workers", "micro_batch", "cpus_per_worker", "gpus_per_worker", "max_failures")
+        resources = (
+            "workers",
+            "micro_batch",
+            "cpus_per_worker",
+            "gpus_per_worker",
+            "wait_for_resources",
+            "max_failures",
+        )
         reporting = ("checkpoint_every", "keep_checkpoints", "valid_every", "valid_sequences", "log_every")
         config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in resources + reporting}
         parts = [self.kind, config, dataclasses.asdict(self.model), self.train_index.fingerprint]

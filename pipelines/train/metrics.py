@@ -5,6 +5,7 @@ A resumed run drops the records of steps that it does again, so that a step stan
 
 import json
 import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +19,25 @@ TENSORBOARD_NAME = "tensorboard"
 
 def read_metrics(run_directory: str | Path) -> list[dict[str, float]]:
     """All records so far, oldest first; a half-written last line is left out."""
+    return read_metrics_from(run_directory, 0)[0]
+
+
+def read_metrics_from(run_directory: str | Path, offset: int) -> tuple[list[dict[str, float]], int]:
+    """The records from a byte offset on, and the offset where the next ones will begin."""
     path = Path(run_directory) / METRICS_NAME
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    if not path.exists():
+        return [], offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        text = file.read()
+    whole = text[: text.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+
+
+def metrics_size(run_directory: str | Path) -> int:
+    """Bytes of the records so far."""
+    path = Path(run_directory) / METRICS_NAME
+    return path.stat().st_size if path.exists() else 0
 
 
 class MetricsWriter:
@@ -56,4 +73,5 @@ def peak_memory_bytes() -> int:
     """Largest resident memory of this process so far, or of its device's allocations on CUDA."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

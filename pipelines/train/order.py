@@ -6,7 +6,7 @@ number of workers and timing have no say, and resuming needs the step alone.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ class Place(NamedTuple):
     sequence: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: the caches below must not hash 100,000 row groups a lookup
 class Order:
     """sequences: number of sequences of each row group, in index order."""
 
@@ -30,7 +30,7 @@ class Order:
     window: int = 8
     """R: row groups that are shuffled together, and so the number a reader has in memory."""
 
-    @property
+    @cached_property
     def epoch_length(self) -> int:
         return sum(self.sequences)
 

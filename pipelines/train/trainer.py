@@ -12,22 +12,23 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from blt.entropy_model import EntropyModelConfig
 from blt.errors import ConfigError, DataError
 from blt.model import BLTConfig
-from pipelines.manifest import read_manifest
+from pipelines.manifest import SPLITS, read_manifest
 from pipelines.storage import Storage
 from pipelines.train.config import TrainConfig
 from pipelines.train.index import build_index
 from pipelines.train.job import TrainJob, check_entropy_model
-from pipelines.train.metrics import read_metrics
-from pipelines.train.state import MODEL_NAME, read_training_state
+from pipelines.train.metrics import metrics_size, read_metrics, read_metrics_from
+from pipelines.train.state import MODEL_NAME, TRAINING_NAME, read_training_state
 from pipelines.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
@@ -63,12 +64,15 @@ def resolve_job(
     wanted = "patches" if is_blt else "documents"
     if manifest.kind != wanted:
         raise DataError(f"{data} holds {manifest.kind}, but this training needs {wanted}")
+    for split in SPLITS:
+        if not sum(shard.bytes for shard in manifest.split(split)):
+            raise DataError(f"{data}: the {split} split holds no bytes")
     if is_blt:
         check_entropy_model(manifest, data, entropy_model)
     patches = config.sequence_patches if is_blt else None
     return TrainJob(
         kind="blt" if is_blt else "entropy_model",
-        config=config,
+        config=TrainConfig(**{item.name: getattr(config, item.name) for item in fields(TrainConfig)}),
         model=model,
         data=Storage(data).root_uri,
         train_index=build_index(data, "train", patches, config.sequence_bytes),
@@ -82,6 +86,9 @@ def resolve_job(
 def train(job: TrainJob, on_step: Callable[[dict[str, float]], None] = lambda record: None) -> TrainResult:
     """Run a job to its end, or on from where it stood; `on_step` gets each metrics record as it is written."""
     config, run = job.config, Path(job.run_directory) / CHECKPOINTS_NAME / job.fingerprint[:16]
+    _check_output(run)
+    if not config.wait_for_resources:
+        _check_resources(config)
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # takes the job as it is instead of a dict
@@ -97,8 +104,8 @@ def train(job: TrainJob, on_step: Callable[[dict[str, float]], None] = lambda re
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
-    if newest := max(run.glob("step-*"), default=None):
-        logger.info("going on from a checkpoint path=%s", newest)
+    if newest := max(run.glob(f"step-*/{TRAINING_NAME}"), default=None):
+        logger.info("going on from a checkpoint path=%s", newest.parent)
     with _followed(job.run_directory, on_step):
         result = trainer.fit()
     if result.checkpoint is None:
@@ -109,6 +116,28 @@ def train(job: TrainJob, on_step: Callable[[dict[str, float]], None] = lambda re
             raise DataError(f"{job.run_directory}: the run ended at step {steps} of {config.steps}")
         _replace_directory(Path(directory) / MODEL_NAME, Path(job.run_directory) / MODEL_NAME)
     return _result(job)
+
+
+def _check_output(run: Path) -> None:
+    """ConfigError if the output holds an unfinished run that is another one."""
+    others = [path.name for path in run.parent.glob("*") if path.is_dir() and path.name != run.name]
+    if others and not run.exists():
+        raise ConfigError(
+            f"{run.parent.parent}: holds an unfinished run of another configuration or other data "
+            f"({others[0]}); choose another output, or remove that directory"
+        )
+
+
+def _check_resources(config: TrainConfig) -> None:
+    """ConfigError if the cluster cannot hold the workers; Ray Train would wait for them without end."""
+    found = ray.cluster_resources()
+    for kind, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):
+        if config.workers * each > found.get(kind, 0):
+            raise ConfigError(
+                f"workers {config.workers} of {kind.lower()}s_per_worker {each:g} need {config.workers * each:g} "
+                f"{kind}s, the cluster has {found.get(kind, 0):g}; ask for less, or set wait_for_resources=true on an "
+                "autoscaling cluster"
+            )
 
 
 def _local_directory(output: str) -> str:
@@ -153,13 +182,14 @@ def _followed(run_directory: str, on_step: Callable[[dict[str, float]], None]) -
     ended = threading.Event()
 
     def follow() -> None:
-        seen = len(read_metrics(run_directory))
+        seen = metrics_size(run_directory)
         while True:
             last_round = ended.wait(FOLLOW_SECONDS)
-            records = read_metrics(run_directory)
-            for record in records[min(seen, len(records)) :]:
+            if metrics_size(run_directory) < seen:  # a resumed run dropped the records of steps that it does again
+                seen = 0
+            records, seen = read_metrics_from(run_directory, seen)
+            for record in records:
                 on_step(record)
-            seen = len(records)
             if last_round:
                 return
 

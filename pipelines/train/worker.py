@@ -6,6 +6,7 @@ the `TrainJob`; rank and world size only say who computes what.
 
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 import ray.train
@@ -85,10 +86,12 @@ class Worker:
                 except FloatingPointError as error:
                     raise TrainingError(f"step {step + 1}: {error}; a lower optimizer.lr may help") from error
                 self.steps_done = step + 1
-                window.add(result)
-                if metrics is not None and self._is_due(config.log_every):
-                    metrics.write(self.steps_done, window.figures(feed) | {"train/lr": lr})
-                    window = _Window(feed.waited_seconds)
+                if metrics is not None:
+                    window.add(result)
+                    # A checkpoint closes a record too, so that a resumed run's records cover every step.
+                    if self._is_due(config.log_every) or self._is_due(config.checkpoint_every):
+                        metrics.write(self.steps_done, window.figures(feed) | {"train/lr": lr})
+                        window = _Window(feed.waited_seconds)
                 self._evaluate_and_save(metrics, window)
 
     def _evaluate_and_save(self, metrics: MetricsWriter | None, window: "_Window") -> None:
@@ -111,7 +114,8 @@ class Worker:
     def _evaluate(self, sequences: int) -> Tally:
         """Loss over the first `sequences` held-out sequences, shared out over the ranks."""
         reader, index = SequenceReader(self.job.data, self.job.valid_index, 1), self.job.valid_index
-        places = [(i, j) for i, group in enumerate(index.row_groups) for j in range(group.sequences)][:sequences]
+        every = ((i, j) for i, group in enumerate(index.row_groups) for j in range(group.sequences))
+        places = list(islice(every, sequences))
         own = [places[slot] for slot in rank_slots(len(places), self.rank, self.world_size)]
         totals, size = torch.zeros(3, dtype=torch.float64, device=self.device), self.job.config.micro_batch
         self.model.eval()

@@ -1,6 +1,7 @@
 """The main path as a user runs it, each command a process of its own: done, skipped, refused, resumed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_a_run_is_complete(finished: dict[str, object], root: Path) -> None:
     assert finished["bytes"] == documents.bytes == patches.bytes
     assert finished["patches"] == sum(shard.patches or 0 for shard in patches.shards)
     records = read_metrics(run / "model")
-    assert [record["step"] for record in records if "train/loss" in record] == [2, 4, 6, 8]
+    assert [record["step"] for record in records if "train/loss" in record] == [2, 3, 4, 6, 8]
     assert [record["step"] for record in records if "valid/bpb" in record] == [4, 8]
     assert all(0 < record["train/bpb"] < 12 for record in records if "train/bpb" in record)
     assert len(list((run / "model" / "tensorboard").glob("events.*"))) >= 1
@@ -119,6 +120,17 @@ def test_foreign_entropy_models_are_refused(finished: dict[str, object], root: P
     assert "Traceback" not in completed.stderr
 
 
+def test_more_workers_than_cpus_are_refused(finished: dict[str, object], root: Path) -> None:
+    config, entropy_model = train_config(root), root / "run" / "entropy_model" / "model"
+    completed = blt_command(
+        *("train", "--config", str(config), f"entropy_model={entropy_model}"),
+        *(f"output={root / 'too-many'}", "workers=64"),
+    )
+    assert completed.returncode == 2
+    assert "workers 64" in completed.stderr
+    assert "Traceback" not in completed.stderr
+
+
 def test_a_broken_checkpoint_is_one_line(finished: dict[str, object], root: Path) -> None:
     source, broken = root / "run" / "model" / "model", root / "broken"
     subprocess.run(["cp", "-r", str(source), str(broken)], check=True)
@@ -160,6 +172,10 @@ def test_a_killed_driver_goes_on_from_its_checkpoint(finished: dict[str, object]
     psutil.wait_procs(children, timeout=30)
     steps_before = [record["step"] for record in read_metrics(output)]
     assert steps_before[-1] < 40
+    other = subprocess.run([*command, "optimizer.lr=0.1"], capture_output=True, text=True, timeout=300, check=False)
+    assert other.returncode == 2
+    assert "unfinished run of another configuration" in other.stderr
+    command[command.index(f"output={output}")] = f"output={os.path.relpath(output)}"
     completed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert completed.returncode == 0, completed.stderr[-3000:]
     assert "going on from a checkpoint" in completed.stderr
