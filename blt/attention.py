@@ -5,7 +5,7 @@ contiguous run of keys it sees. Out: [B,T,H,K]. Only one block of queries agains
 ever in memory, so nothing of size T x T is built (forward or backward); the softmax is in float32 or wider.
 
 Shapes: B rows, T queries, S keys, H heads, K head width, Q queries of a block, L keys of a block.
-Source of the mask: SPEC section 2 (query i sees key j iff same document and i - window < j <= i).
+Source of the mask: the published models (query i sees key j iff same document and i - window < j <= i).
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class CausalSpans:
 
 
 def documents_from_eos(byte_ids_BT: Tensor) -> Tensor:
-    """Document numbers int64 [B,T] where an EOS closes a document (inclusive), as the reference (SPEC section 2)."""
+    """Document numbers int64 [B,T] where an EOS closes a document (inclusive), as the reference."""
     closed = (byte_ids_BT == EOS).long()
     return closed.cumsum(1) - closed
 

@@ -3,7 +3,7 @@
 In: bytes [B,T,D], patch slots [B,P,k,D], the flat patch of each byte [B*T]. Out: the attention's output without any
 residual, [B,P,k,D] or [B,T,D]. A byte meets the k slots of one patch only, so the cost is O(T * k), never T x P.
 Shapes: B rows, T bytes, P patches, k slots of a patch, D width, H heads, K head width, N = B * T.
-Source: SPEC sections 6 and 8 (no rotary positions, separate RMSNorm on queries and on keys and values).
+Source: arXiv 2412.09871 section 3 (no rotary positions, separate RMSNorm on queries and on keys and values).
 """
 
 import math

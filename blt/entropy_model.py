@@ -2,7 +2,7 @@
 
 In: byte ids [B,T]. Out: logits [B,T,V]; entropies in nats. `document_entropies` runs whole documents of any length:
 short ones share a row, long ones stream through with the window's keys and values carried over.
-Source: SPEC sections 2 and 3. Shapes: B rows, T positions, V vocabulary, D width, n bytes of a document.
+Source: arXiv 2412.09871. Shapes: B rows, T positions, V vocabulary, D width, n bytes of a document.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +56,7 @@ class EntropyModel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initial weights, SPEC section 9."""
+        """Initial weights as the published implementation draws them."""
         init_linear(self.byte_embedding.weight)
         init_blocks(self.blocks, self.config.transformer)
         nn.init.ones_(self.norm.weight)
@@ -91,7 +91,7 @@ class EntropyModel(nn.Module):
 
 
 def next_byte_entropy(logits: Tensor) -> Tensor:
-    """-sum p ln p over the last dimension, in nats, float32 (SPEC section 3: all 260 ids count)."""
+    """-sum p ln p over the last dimension, in nats, float32; all 260 ids count."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     terms: Tensor = torch.special.entr(torch.softmax(wide, -1))
     return terms.sum(-1).float()

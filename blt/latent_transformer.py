@@ -1,7 +1,7 @@
 """Latent (global) transformer: patch slots in, patch vectors out; the part that holds most of the parameters.
 
 In: patch slots [B,P,k*D]. Out: [B,P,G]. A patch sees the patches of its own document up to itself. No final norm.
-Shapes: B rows, P patches, k slots, D local width, G latent width. Source: SPEC section 7.
+Shapes: B rows, P patches, k slots, D local width, G latent width. Source: arXiv 2412.09871.
 """
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class LatentTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
 
     def reset_parameters(self) -> None:
-        """Initial weights, SPEC section 9."""
+        """Initial weights as the published implementation draws them."""
         if self.projection is not None:
             init_linear(self.projection.weight)
         init_blocks(self.blocks, self.shape)

@@ -1,7 +1,7 @@
 """The parts of every transformer here: RMSNorm, rotary positions, self-attention, SwiGLU, block, initialisation.
 
 In: x [B,T,D] and a `Context` (spans and rotary angles, made once per forward and shared by the layers). Out: [B,T,D].
-Source: SPEC sections 2 and 9. Projections that read the same input are merged: qkv in one matrix, gate and up in one.
+Source: the published models. Projections that read the same input are merged: qkv in one matrix, gate and up in one.
 Shapes: B rows, T positions, D width, H heads, K head width.
 """
 
@@ -20,7 +20,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Shape of a stack of pre-norm blocks (SPEC section 2)."""
+    """Shape of a stack of pre-norm blocks."""
 
     width: int
     """D, the width of the residual stream."""
@@ -189,7 +189,7 @@ class Block(nn.Module):
 
 
 def init_linear(weight: Tensor, factor: float = 1.0, std: float | None = None) -> None:
-    """Truncated normal, cut at 3 std; std defaults to (input width) ** -0.5 / factor (SPEC section 9)."""
+    """Truncated normal, cut at 3 std; std defaults to (input width) ** -0.5 / factor (the published initialisation)."""
     std = weight.shape[-1] ** -0.5 / factor if std is None else std
     nn.init.trunc_normal_(weight, 0.0, std, -3 * std, 3 * std)
 

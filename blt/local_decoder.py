@@ -2,7 +2,7 @@
 
 In: byte states [B,T,D] of the encoder, patch vectors [B,P,G]. Out: logits [B,T,V]. Byte i reads the newest patch that
 is complete at byte i, that is the patch of byte i + 1 less one, so nothing of the future is seen.
-Shapes: B rows, T bytes, P patches, k slots of a patch, D local width, G latent width, V vocabulary. Source: SPEC 8.
+Shapes: B rows, T bytes, P patches, k slots of a patch, D local width, G latent width, V vocabulary. Source: the paper.
 """
 
 import torch
@@ -34,7 +34,7 @@ class LocalDecoder(nn.Module):
         self.output = nn.Linear(shape.width, VOCABULARY_SIZE, bias=False)
 
     def reset_parameters(self) -> None:
-        """Initial weights, SPEC section 9."""
+        """Initial weights as the published implementation draws them."""
         if self.projection is not None:
             init_linear(self.projection.weight)
         init_blocks(self.blocks, self.shape)

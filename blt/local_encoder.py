@@ -1,7 +1,7 @@
 """Local encoder: bytes in, byte states and patch vectors out.
 
 In: byte ids [B,T], a `PatchLayout`. Out: byte states [B,T,D] (read by the decoder) and patch slots [B,P,k,D].
-Shapes: B rows, T bytes, P patches, k slots of a patch, D width. Source: SPEC sections 5 and 6.
+Shapes: B rows, T bytes, P patches, k slots of a patch, D width. Source: arXiv 2412.09871.
 """
 
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ class LocalEncoder(nn.Module):
         self.slot_projection = nn.Linear(shape.width, cross.slots * shape.width, bias=False) if num_cross else None
 
     def reset_parameters(self) -> None:
-        """Initial weights, SPEC section 9."""
+        """Initial weights as the published implementation draws them."""
         init_linear(self.byte_embedding.weight)
         if self.hash_embedding is not None:
             self.hash_embedding.reset_parameters()

@@ -5,7 +5,7 @@
     byte states, patch vectors -> local decoder -> logits [B,T,V]
 
 Shapes: B rows, T bytes, P patches, k slots of a patch, D local width, G latent width, V vocabulary.
-Source: arXiv 2412.09871 and SPEC sections 5 to 9.
+Source: arXiv 2412.09871, with the published models' details.
 """
 
 from dataclasses import dataclass, field
@@ -65,7 +65,7 @@ class BLT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initial weights, SPEC section 9."""
+        """Initial weights as the published implementation draws them."""
         self.local_encoder.reset_parameters()
         self.latent.reset_parameters()
         self.local_decoder.reset_parameters()

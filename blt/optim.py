@@ -1,7 +1,7 @@
 """Optimiser and learning-rate schedules.
 
 In: a model, a step number. Out: AdamW over two groups of weights (decayed, not decayed) and the factor on its rate.
-Source: SPEC section 11 (AdamW, betas .9/.95, eps 1e-8, weight decay 0.1, clip 1.0); the first update has a rate > 0.
+Source: the published configurations (AdamW, betas .9/.95, eps 1e-8, weight decay 0.1, clip 1.0).
 """
 
 import math

@@ -1,7 +1,7 @@
 """Where each byte's patches are: patch lengths in, per-byte patch indices and per-patch documents out.
 
 In: patch_lengths int64 [B,P] that include the virtual next byte (sum T + 1, first patch 1, zeros trailing) and
-document ids [B,T]. Out: `PatchLayout`. All O(T + P). Source: SPEC sections 6 and 8.
+document ids [B,T]. Out: `PatchLayout`. All O(T + P). Source: arXiv 2412.09871.
 """
 
 from dataclasses import dataclass

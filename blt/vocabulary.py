@@ -1,6 +1,6 @@
 """The byte vocabulary: id = byte + 4, four special ids below. The only home of these constants.
 
-In: bytes. Out: int64 ids. Source: SPEC section 1 (released BLT checkpoints use the same ids).
+In: bytes. Out: int64 ids. The released BLT checkpoints use the same ids.
 """
 
 from collections.abc import Iterable

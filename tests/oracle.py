@@ -1,12 +1,12 @@
-"""The oracle: the entropy model and the BLT written from SPEC sections 2 to 8 as plainly as they can be.
+"""The oracle: the entropy model and the BLT written from the paper and the published models as plainly as they can be.
 
 One row at a time, Python loops for everything that is decided per byte or patch (documents, patches, masks, hashes),
 and dense T x T and P*k x T masks for everything that attends. Slow and quadratic on purpose; nothing is shared with
 `blt` but the names and shapes of parameters, the configurations and the list of hash primes. In: parameters by the
 names of `named_parameters()`, ids and lengths as the models take them. Out: logits [B,T,V] for autograd.
 
-Where `document_ids` are given, DESIGN's isolation holds: attention of bytes and of patches stays inside a document,
-positions and hash windows restart. Where they are not, SPEC's reference: an EOS closes a block, all else runs on.
+Where `document_ids` are given, documents are isolated: attention of bytes and of patches stays inside a document,
+positions and hash windows restart. Where they are not, as published: an EOS closes a block, all else runs on.
 """
 
 import math
@@ -28,7 +28,7 @@ Parameters = Mapping[str, Tensor]
 def entropy_logits(
     config: EntropyModelConfig, parameters: Parameters, byte_ids_BT: Tensor, document_ids_BT: Tensor | None
 ) -> Tensor:
-    """Logits [B,T,V] of the entropy model (SPEC section 2)."""
+    """Logits [B,T,V] of the entropy model."""
     rows = []
     for row in range(byte_ids_BT.shape[0]):
         byte_ids = byte_ids_BT[row].tolist()
@@ -49,7 +49,7 @@ def blt_logits(
     patch_lengths_BP: Tensor,
     document_ids_BT: Tensor | None,
 ) -> Tensor:
-    """Logits [B,T,V] of the BLT (SPEC sections 5 to 8)."""
+    """Logits [B,T,V] of the BLT."""
     rows = []
     for row in range(byte_ids_BT.shape[0]):
         given = None if document_ids_BT is None else document_ids_BT[row].tolist()
@@ -240,7 +240,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 def rotary(x_HNK: Tensor, positions: list[int], theta: float) -> Tensor:
     """Rotation of pairs (x[2i], x[2i + 1]) by position * theta ** (-2i / K).
 
-    Angles, cosines and sines are float32 by design (SPEC section 2), so a float64 comparison needs the same float32
+    Angles, cosines and sines are float32 by design, so a float64 comparison needs the same float32
     values; `test_attention.py` holds them to float64 ones.
     """
     head_width = x_HNK.shape[-1]

@@ -6,7 +6,7 @@ other, so the mapping is linear and serves gradients as it does weights.
 
 What transformers cannot express or computes otherwise, and tests leave to the oracle:
 - cross-attention after each of several encoder layers: it pools again after every layer, so only the last one counts
-  (SPEC section 6: each refines the slots of the one before). One encoder layer is the same in both.
+  (as published: each refines the slots of the one before). One encoder layer is the same in both.
 - documents: no EOS ever closes an attention block.
 - GQA in local models: its cross-attention takes the local kv heads too. The latent transformer's GQA is compared.
 - windows or rotary bases that differ between encoder and decoder: it makes one mask from the encoder's.

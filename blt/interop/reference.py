@@ -2,7 +2,7 @@
 
 In: a state dict with its parameter names and the arguments of its params.json (for a BLT those of the model, for an
 entropy model those of its transformer). Out: `BLT` or `EntropyModel` with the same numbers. Every argument is used,
-known to change no number at inference, None or False; anything else is refused. Source: SPEC sections 2 to 8.
+known to change no number at inference, None or False; anything else is refused.
 """
 
 from collections.abc import Mapping

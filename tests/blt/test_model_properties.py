@@ -237,7 +237,7 @@ def test_bfloat16_entropy_model_is_near_float32() -> None:
 
 @pytest.mark.parametrize("init_scaling", ["disabled", "current_depth", "global_depth"])
 def test_initial_weights(init_scaling: str) -> None:
-    """SPEC section 9: input width ** -0.5, cut at 3 std, divided by the layer's factor; norms 1."""
+    """Input width ** -0.5, cut at 3 std, divided by the layer's factor; norms 1."""
     shape: dict[str, object] = {"layers": 2, "init_scaling": init_scaling}
     config = blt_config(encoder=shape, latent=shape, decoder=shape, cross={"encoder_layers": "all"})
     torch.manual_seed(0)

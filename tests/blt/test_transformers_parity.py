@@ -83,7 +83,7 @@ def test_blt(name: str, length: int) -> None:
 
 
 def test_decoder_without_projection() -> None:
-    """Where latent and local widths agree (k 1) the SPEC has no decoder projection; transformers always has one, so it
+    """Where latent and local widths agree (k 1) there is no decoder projection; transformers always has one, so it
     is given the identity."""
 
     def identity(theirs: nn.Module) -> None:
