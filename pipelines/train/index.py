@@ -5,7 +5,6 @@ In: a dataset's manifest and its n_bytes and patch_starts columns. Out: `Index`.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
 
 import msgspec
 import numpy as np
@@ -52,7 +51,6 @@ def build_index(
     split: Split,
     sequence_patches: int | None,
     sequence_bytes: int,
-    on_shard: Callable[[int], None] = lambda done: None,
 ) -> Index:
     """The index of a split, read from the dataset if it was made before. DataError if the split holds nothing."""
     manifest, storage = read_manifest(root), Storage(root)
@@ -66,7 +64,6 @@ def build_index(
     for result in pending:
         found_in_shard: list[IndexedRowGroup] = ray.get(result)
         row_groups.extend(found_in_shard)
-        on_shard(1)
     if not sum(group.sequences for group in row_groups):
         raise DataError(f"{root}: the {split} split holds no documents")
     index = Index(

@@ -78,7 +78,8 @@ def test_every_other_configuration_sets_only_keys_of_a_command(name: str) -> Non
         for setting in describe(command.Config, read_config_file(find_config(name)))
         if setting.default == "required"
     ]
-    load_config(command.Config, find_config(name), [f"{key}=somewhere" for key in missing])
+    loaded = load_config(command.Config, find_config(name), [f"{key}=somewhere" for key in missing])
+    assert isinstance(loaded, command.Config)
 
 
 @pytest.mark.parametrize("name", sorted(PATHS))
