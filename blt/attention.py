@@ -87,6 +87,18 @@ def causal_attention(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, spans: Caus
     return out.transpose(1, 2)
 
 
+def place_attention(q_RHGK: Tensor, k_RHCK: Tensor, v_RHCK: Tensor, mask_R11C: Tensor | None) -> Tensor:
+    """Softmax attention of one position's G queries per head over C keys, scaled as above: [R,H,G,K].
+
+    The mask is added to the scores: -inf for a key that a row does not see.
+    """
+    scores = torch.matmul(q_RHGK * q_RHGK.shape[-1] ** -0.5, k_RHCK.transpose(2, 3))
+    if mask_R11C is not None:
+        scores = scores + mask_R11C
+    p = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return torch.matmul(p.to(v_RHCK.dtype), v_RHCK)
+
+
 def _probabilities(q_HQK: Tensor, k_HLK: Tensor, block: Block, first_key_T: Tensor) -> Tensor:
     """Softmax over a block's keys, [H,Q,L], in float32 or wider; keys outside a query's span get 0.
 

@@ -15,6 +15,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 Config = TypeVar("Config")
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
+ADDED_LATER: Mapping[str, bool] = {"may_be_missing": True}
+"""Metadata of a field that files may lack since they are older than it: it then has its default."""
+
 _INFINITIES = {"inf": math.inf, "-inf": -math.inf}
 
 
@@ -47,10 +50,10 @@ def from_json(kind: type[Config], value: object, key: str) -> Config:
     for name in values:
         if name not in names:
             raise ValueError(f"unknown key {key}.{name}; known are {', '.join(names)}")
-    for name in names:
-        if name not in values:
-            raise ValueError(f"key {key}.{name} is missing")
-    arguments = {name: _parsed(types[name], values[name], f"{key}.{name}") for name in names}
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.name not in values and field.metadata != ADDED_LATER:
+            raise ValueError(f"key {key}.{field.name} is missing")
+    arguments = {name: _parsed(types[name], value, f"{key}.{name}") for name, value in values.items()}
     try:
         return kind(**arguments)
     except ValueError as error:

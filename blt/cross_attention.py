@@ -37,11 +37,15 @@ class CrossAttention(nn.Module):
         out: Tensor = self.wo(mixed.flatten(-2))
         return out.view(slots_BPkD.shape)
 
-    def bytes_read_patches(self, bytes_BTD: Tensor, slots_BPkD: Tensor, patch_N: Tensor) -> Tensor:
-        """Each byte attends to the k slots of one patch: [B,T,D]."""
+    def slot_pairs(self, slots_BPkD: Tensor) -> Tensor:
+        """Keys beside values of the slots of every patch, [B*P,k,2D]."""
+        pairs: Tensor = self.wkv(self.norm_kv(slots_BPkD)).flatten(0, 1)
+        return pairs
+
+    def bytes_read_patches(self, bytes_BTD: Tensor, pairs_NkE: Tensor) -> Tensor:
+        """Each byte attends to the k slots of one patch, whose `slot_pairs` are given for each byte: [B,T,D]."""
         queries = self._heads(self.wq(self.norm_q(bytes_BTD))).flatten(0, 1)
-        pairs = gather_rows(self.wkv(self.norm_kv(slots_BPkD)).flatten(0, 1), patch_N)
-        keys, values = (self._heads(part) for part in pairs.chunk(2, -1))
+        keys, values = (self._heads(part) for part in pairs_NkE.chunk(2, -1))
         weights = torch.softmax(self._scores(queries[:, None], keys), 1).to(values.dtype)
         mixed = (weights[..., None] * values).sum(1)
         out: Tensor = self.wo(mixed.flatten(-2))

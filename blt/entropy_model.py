@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blt.attention import documents_from_eos
+from blt.decoding_cache import RowReader
 from blt.errors import ConfigError
-from blt.layers import Block, Context, KeyValue, RMSNorm, TransformerConfig, context, init_blocks, init_linear
+from blt.layers import Block, Memory, RMSNorm, TransformerConfig, context, init_blocks, init_linear
 from blt.vocabulary import BOS, EOS, VOCABULARY_SIZE, encode
 
 STREAM_BYTES = 8192
@@ -73,21 +74,15 @@ class EntropyModel(nn.Module):
             shared = context(self.config.transformer, documents_from_eos(byte_ids_BT), positions)
         else:
             shared = context(self.config.transformer, document_ids_BT)
-        logits, _ = self.step(byte_ids_BT, shared, None)
-        return logits
+        return self.logits(byte_ids_BT, shared)
 
-    def step(
-        self, byte_ids_BT: Tensor, shared: Context, carry: Sequence[KeyValue] | None
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """Logits of a chunk that follows `carry` (one pair per layer), and the pairs the next chunk may need."""
+    def logits(self, byte_ids_BT: Tensor, memory: Memory) -> Tensor:
+        """Logits [B,T,V] of bytes that see what the memory holds."""
         x = self.byte_embedding(byte_ids_BT)
-        keys_values = []
         for layer, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            x, pair = block.step(x, shared, None if carry is None else carry[layer])
-            keys_values.append(pair)
+            x = block(x, memory, layer)
         logits: Tensor = self.output(self.norm(x))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), keys_values
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def next_byte_entropy(logits: Tensor) -> Tensor:
@@ -104,7 +99,7 @@ class ContextStream:
         self.model = model
         self.position = 0
         """Ids read so far."""
-        self._carry: list[KeyValue] | None = None
+        self.reader = RowReader(model.config.transformer)
 
     def feed(self, ids_T: Tensor) -> Tensor:
         """Logits [T,V] at the ids (on the model's device) that follow those fed before."""
@@ -114,15 +109,16 @@ class ContextStream:
 
     def _step(self, ids_BT: Tensor) -> Tensor:
         """Logits of a piece that crosses no multiple of STREAM_BYTES."""
-        kept = self.model.config.window - 1
-        carried = 0 if self._carry is None else self._carry[0][0].shape[1]
-        first = self.position % STREAM_BYTES + (kept if self.position >= STREAM_BYTES else 0)
-        positions = torch.arange(first, first + ids_BT.shape[1], device=ids_BT.device)[None]
-        shared = context(self.model.config.transformer, torch.zeros_like(ids_BT), positions, carried)
-        logits_BTV, pairs = self.model.step(ids_BT, shared, self._carry)
-        self._carry = [(k[:, max(0, k.shape[1] - kept) :], v[:, max(0, v.shape[1] - kept) :]) for k, v in pairs]
+        if starts_again(self.position):
+            self.reader.position = self.model.config.window - 1
+        memory = self.reader.chunk(ids_BT.shape[1], ids_BT.device)
         self.position += ids_BT.shape[1]
-        return logits_BTV[0]
+        return self.model.logits(ids_BT, memory)[0]
+
+
+def starts_again(position: int) -> bool:
+    """Whether the rotary positions start again, after the carried window, where a context has read so many ids."""
+    return position > 0 and position % STREAM_BYTES == 0
 
 
 @torch.inference_mode()

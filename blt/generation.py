@@ -1,9 +1,10 @@
 """Generation: a language model and a prompt in, the bytes that follow out, as a whole or as they are found.
 
 A prompt opens a document: BOS goes before it, and its patches are found byte by byte by the rule that the model was
-trained with (`blt.online_patches`), equal to those of the whole text patched offline. `PrefixDecoder` turns each new
-byte into the next byte's logits; it recomputes the whole prefix, so a byte costs a forward pass over all bytes before
-it and n bytes cost O(n^2). The latent transformer sets no limit to the length.
+trained with (`blt.online_patches`), equal to those of the whole text patched offline. `Decoder` turns the next byte of
+every document into the logits of the byte after it. A byte costs the same wherever it stands, but for the latent
+transformer's attention to all patches before it; the latent transformer sets no limit to the length.
+Shapes: B documents, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,9 @@ from torch.nn import functional as F
 
 from blt.checkpoint import LanguageModel
 from blt.errors import ConfigError
+from blt.online_blt import OnlineBLT
 from blt.online_patches import OnlinePatches
-from blt.sampling import Sampling, next_id
+from blt.sampling import Sampling, next_ids
 from blt.vocabulary import BOS, BYTE_OFFSET, EOS, encode
 
 
@@ -34,8 +36,9 @@ def generate(
 
     It ends at EOS, before the first stop string that is found in it, or after `max_new_bytes`, the bytes of a stop
     string counted. Temperature 0 is greedy; other draws use `top_k`, then `top_p`, and `seed`. Every prompt has its own
-    draws from the same seed, so its continuation is that of a call of its own, whatever the other prompts are; several
-    samples of one prompt take several seeds. A prompt may be empty. Neither prompt nor output need be valid UTF-8.
+    draws from the same seed, so its continuation is that of a call of its own, whatever the other prompts are (up to
+    the first byte that rounding decides: sums of several rows round otherwise than those of one); several samples of
+    one prompt take several seeds. A prompt may be empty. Neither prompt nor output need be valid UTF-8.
 
     Raises ConfigError for an argument out of range, a prompt or stop string that is not bytes, a rule of kind top_k
     (it looks ahead), and a rule that reads entropies where `lm` has no entropy model.
@@ -45,7 +48,10 @@ def generate(
     single = isinstance(prompts, bytes | bytearray | memoryview)
     checked = [_checked_bytes(prompt, "prompts") for prompt in ([prompts] if single else prompts)]
     _check_count(max_new_bytes)
-    found = [b"".join(_continuation(PrefixDecoder(lm), p, max_new_bytes, sampling, stops)) for p in checked]
+    decoder = Decoder(lm, len(checked))
+    found = [b""] * len(checked)
+    for document, piece in _pieces(decoder, checked, max_new_bytes, sampling, stops):
+        found[document] += piece
     return found[0] if single else found
 
 
@@ -69,52 +75,85 @@ def stream(
     stops = _stop_strings(stop)
     checked = _checked_bytes(prompt, "prompt")
     _check_count(max_new_bytes)
-    return _continuation(PrefixDecoder(lm), checked, max_new_bytes, sampling, stops)
+    return (piece for _, piece in _pieces(Decoder(lm, 1), [checked], max_new_bytes, sampling, stops))
 
 
-class PrefixDecoder:
-    """One document being written: bytes in, logits of the byte after them out.
+class Decoder:
+    """Documents being written: bytes in, logits of the byte after them out. `open` comes first, once."""
 
-    This one keeps the bytes and their patches and computes the model anew for every call.
-    """
-
-    def __init__(self, lm: LanguageModel) -> None:
-        self.model = lm.model
-        self.device = next(lm.model.parameters()).device
+    def __init__(self, lm: LanguageModel, num_documents: int) -> None:
         with torch.inference_mode():
-            self.patches = OnlinePatches(lm.patch_rule, lm.entropy_model, lm.reset_on_newline)
+            self._patches = OnlinePatches(lm.patch_rule, lm.entropy_model, lm.reset_on_newline, num_documents)
+            self._model = OnlineBLT(lm.model, num_documents)
 
     @torch.inference_mode()
-    def feed(self, new: bytes) -> Tensor:
-        """Logits [V] of the byte that follows BOS, all bytes fed before and `new` (which may be empty)."""
-        self.patches.feed(new)
-        ids_T = F.pad(encode(self.patches.document), (1, 0), value=BOS)
-        lengths_P = self.patches.lengths()
-        logits_BTV: Tensor = self.model(ids_T[None].to(self.device), lengths_P[None].to(self.device))
-        return logits_BTV[0, -1]
+    def open(self, prompts: Sequence[bytes]) -> Tensor:
+        """Logits [B,V] of the byte that follows BOS and each prompt (which may be empty)."""
+        rows = []
+        for document, prompt in enumerate(prompts):
+            starts = F.pad(self._patches.open(document, prompt), (1, 0), value=True)
+            rows.append(self._model.open(document, F.pad(encode(prompt), (1, 0), value=BOS), starts))
+        return torch.stack(rows)
+
+    @torch.inference_mode()
+    def step(self, ids: Sequence[int]) -> Tensor:
+        """Logits [B,V] after one more byte, given as its id, of each document."""
+        return self._model.step(ids, self._patches.step(ids))
+
+    @torch.inference_mode()
+    def keep(self, documents: Sequence[int]) -> None:
+        """Only these documents go on, in this order."""
+        self._patches.keep(documents)
+        self._model.keep(documents)
 
 
-def _continuation(
-    decoder: PrefixDecoder, prompt: bytes, max_new_bytes: int, sampling: Sampling, stops: Sequence[bytes]
-) -> Iterator[bytes]:
-    """Pieces of the continuation; bytes that may open a stop string are held back until that is known."""
-    generator, new, held = sampling.generator(), prompt, b""
-    for _ in range(max_new_bytes):
-        chosen = next_id(decoder.feed(new), sampling, generator)
-        if chosen == EOS:
+def _pieces(
+    decoder: Decoder, prompts: Sequence[bytes], max_new_bytes: int, sampling: Sampling, stops: Sequence[bytes]
+) -> Iterator[tuple[int, bytes]]:
+    """Pieces of the continuations as they are found, each with the index of its prompt."""
+    writers = [Continuation(stops, sampling.generator()) for _ in prompts]
+    going, ids = list(range(len(prompts))), list[int]()
+    for num_bytes in range(max_new_bytes if prompts else 0):
+        logits_BV = decoder.open(prompts) if num_bytes == 0 else decoder.step(ids)
+        ids = next_ids(logits_BV, sampling, [writers[document].generator for document in going])
+        for document, byte_id in zip(going, ids, strict=True):
+            piece = writers[document].add(byte_id)
+            if piece:
+                yield document, piece
+        rows = [row for row, document in enumerate(going) if not writers[document].ended]
+        if not rows:
             break
-        new = bytes([chosen - BYTE_OFFSET])
-        held += new
-        ended = [string for string in stops if held.endswith(string)]
-        if ended:
-            held = held[: len(held) - max(map(len, ended))]
-            break
-        kept = _opening_length(held, stops)
-        if kept < len(held):
-            yield held[: len(held) - kept]
-            held = held[len(held) - kept :]
-    if held:
-        yield held
+        if len(rows) < len(going):
+            decoder.keep(rows)
+            going, ids = [going[row] for row in rows], [ids[row] for row in rows]
+    for document in going:
+        if writers[document].held:
+            yield document, writers[document].held
+
+
+class Continuation:
+    """What follows one prompt; bytes that may open a stop string are held back until that is known."""
+
+    def __init__(self, stops: Sequence[bytes], generator: torch.Generator) -> None:
+        self.stops, self.generator = stops, generator
+        self.held, self.ended = b"", False
+
+    def add(self, byte_id: int) -> bytes:
+        """The bytes that are now known to be part of the continuation."""
+        if byte_id == EOS:
+            return self._end(0)
+        self.held += bytes([byte_id - BYTE_OFFSET])
+        found = [len(string) for string in self.stops if self.held.endswith(string)]
+        if found:
+            return self._end(max(found))
+        known = len(self.held) - _opening_length(self.held, self.stops)
+        piece, self.held = self.held[:known], self.held[known:]
+        return piece
+
+    def _end(self, num_dropped: int) -> bytes:
+        """All that is held but its last bytes."""
+        piece, self.held, self.ended = self.held[: len(self.held) - num_dropped], b"", True
+        return piece
 
 
 def _opening_length(held: bytes, stops: Sequence[bytes]) -> int:

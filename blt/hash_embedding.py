@@ -108,15 +108,55 @@ class HashEmbedding(nn.Module):
     def table_rows(self, byte_ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """Rows of `table` that each byte reads, int64 [B, T, functions * G]; positions as in `rolling_hashes`."""
         hashes = [rolling_hashes(byte_ids_BT, positions_BT, self.group_sizes, f) for f in range(self.functions)]
-        rows_BTG = torch.cat(hashes, dim=-1) % self.table_size
-        first_row_G = torch.arange(rows_BTG.shape[-1], device=rows_BTG.device) * self.table_size
-        return rows_BTG + first_row_G
+        return self._rows(torch.cat(hashes, dim=-1))
 
     def forward(self, byte_ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """Embeddings [B, T, D] in the dtype of the table; `positions_BT` as in `rolling_hashes`."""
         rows_BTG = self.table_rows(byte_ids_BT, positions_BT)
-        summed = F.embedding_bag(rows_BTG.flatten(0, 1), self.table, mode="sum")
-        return summed.view(*byte_ids_BT.shape, self.table.shape[1])
+        return self.summed(rows_BTG.flatten(0, 1)).view(*byte_ids_BT.shape, self.table.shape[1])
+
+    def summed(self, rows_NG: Tensor) -> Tensor:
+        """Sums [N, D] of table rows."""
+        return F.embedding_bag(rows_NG, self.table, mode="sum")
+
+    def window_weights(self, device: torch.device) -> Tensor:
+        """What a window of ids [B, L] is multiplied with and summed over to give the hashes of its end, int64 [L, G].
+
+        Hashes are linear in the ids, so they are the hashes of the windows that hold a single 1. L is the largest size.
+        """
+        ones = torch.eye(max(self.group_sizes), dtype=torch.int64, device=device)
+        return torch.cat([rolling_hashes(ones, None, self.group_sizes, f)[:, -1] for f in range(self.functions)], -1)
+
+    def window_rows(self, ids_BL: Tensor, weights_LG: Tensor) -> Tensor:
+        """Rows of `table` that the last byte of each window reads, int64 [B, functions * G]."""
+        return self._rows((ids_BL[..., None] * weights_LG).sum(1))
+
+    def _rows(self, hashes: Tensor) -> Tensor:
+        first_row_G = torch.arange(hashes.shape[-1], device=hashes.device) * self.table_size
+        return hashes % self.table_size + first_row_G
 
     def extra_repr(self) -> str:
         return f"group_sizes={self.group_sizes}, functions={self.functions}, table_size={self.table_size}"
+
+
+class HashWindows:
+    """The ids that the next bytes of B growing documents hash: the end of each document, L = the largest size."""
+
+    def __init__(self, embedding: HashEmbedding, num_documents: int) -> None:
+        self.embedding, device = embedding, embedding.table.device
+        self._weights_LG = embedding.window_weights(device)
+        self._ids_BL = torch.zeros(num_documents, len(self._weights_LG), dtype=torch.int64, device=device)
+
+    def load(self, document: int, ids_T: Tensor) -> None:
+        """Begin a document with these ids."""
+        length = self._ids_BL.shape[1]
+        self._ids_BL[document] = F.pad(ids_T[-length:], (length - min(length, len(ids_T)), 0))
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """Embeddings [B, D] of one more id of each document."""
+        self._ids_BL = torch.cat((self._ids_BL[:, 1:], ids_B[:, None]), 1)
+        return self.embedding.summed(self.embedding.window_rows(self._ids_BL, self._weights_LG))
+
+    def keep(self, documents: Sequence[int]) -> None:
+        """Only these documents go on, in this order."""
+        self._ids_BL = self._ids_BL[torch.tensor(documents, device=self._ids_BL.device)]

@@ -6,7 +6,7 @@ Shapes: B rows, P patches, k slots, D local width, G latent width. Source: arXiv
 
 from torch import Tensor, nn
 
-from blt.layers import Block, Context, TransformerConfig, init_blocks, init_linear
+from blt.layers import Block, Memory, TransformerConfig, init_blocks, init_linear
 
 
 class LatentTransformer(nn.Module):
@@ -24,9 +24,9 @@ class LatentTransformer(nn.Module):
             init_linear(self.projection.weight)
         init_blocks(self.blocks, self.shape)
 
-    def forward(self, slots_BPS: Tensor, shared: Context) -> Tensor:
+    def forward(self, slots_BPS: Tensor, memory: Memory) -> Tensor:
         """Patch vectors [B,P,G]."""
         x = slots_BPS if self.projection is None else self.projection(slots_BPS)
-        for block in self.blocks:
-            x = block(x, shared)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, memory, layer)
         return x

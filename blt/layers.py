@@ -1,21 +1,19 @@
 """The parts of every transformer here: RMSNorm, rotary positions, self-attention, SwiGLU, block, initialisation.
 
-In: x [B,T,D] and a `Context` (spans and rotary angles, made once per forward and shared by the layers). Out: [B,T,D].
+In: x [B,T,D] and a `Memory`, which brings queries to the keys they see: the `Context` of a forward (spans and rotary
+angles, made once and shared by the layers), or a cache of earlier positions (`blt.decoding_cache`). Out: [B,T,D].
 Source: the published models. Projections that read the same input are merged: qkv in one matrix, gate and up in one.
-Shapes: B rows, T positions, D width, H heads, K head width.
+Shapes: B rows, T positions, D width, H heads, N heads of queries, keys and values together, K head width.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from blt.attention import CausalSpans, causal_attention, causal_spans
 from blt.errors import ConfigError
-
-KeyValue = tuple[Tensor, Tensor]
-"""Unrotated keys and values [B,C,H,K] of the C positions before a chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +74,38 @@ class TransformerConfig:
         return float((2 * depth) ** 0.5)
 
 
+class Memory(Protocol):
+    """Where the queries of a stack's layers find their keys and values."""
+
+    def attend(self, layer: int, qkv_BTNK: Tensor, heads: int) -> Tensor:
+        """Attention output [B,T,H,K] of a layer's unrotated queries, keys and values; N = heads + 2 x kv_heads."""
+
+
 @dataclass(frozen=True)
 class Context:
-    """What the blocks of one forward share: spans, and rotations complex [B or 1, S, 1, K/2] of queries and of keys."""
+    """The positions of one forward: spans, and rotations complex [B or 1, S, 1, K/2] of queries and of keys."""
 
     spans: CausalSpans
     query_rotations: Tensor
     key_rotations: Tensor
+
+    def attend(self, layer: int, qkv_BTNK: Tensor, heads: int) -> Tensor:
+        return self.attend_to(*split_heads(qkv_BTNK, heads))
+
+    def attend_to(self, q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> Tensor:
+        """Attention output [B,T,H,K] of unrotated queries, keys and values; carried keys and values come first."""
+        keys, values = rotate(k_BSHK, self.key_rotations), v_BSHK
+        repeats = q_BTHK.shape[2] // k_BSHK.shape[2]
+        if repeats != 1:
+            keys, values = keys.repeat_interleave(repeats, 2), values.repeat_interleave(repeats, 2)
+        return causal_attention(rotate(q_BTHK, self.query_rotations), keys, values, self.spans)
+
+
+def split_heads(qkv_BTNK: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B,T,heads,K], keys and values [B,T,kv_heads,K] of what a merged projection gives."""
+    kv_heads = (qkv_BTNK.shape[2] - heads) // 2
+    q, k, v = qkv_BTNK.split([heads, kv_heads, kv_heads], dim=2)
+    return q, k, v
 
 
 def context(
@@ -134,23 +157,15 @@ class SelfAttention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.widths = [config.width, config.num_kv_heads * config.head_width, config.num_kv_heads * config.head_width]
-        self.wqkv = nn.Linear(config.width, sum(self.widths), bias=False)
+        merged = (config.heads + 2 * config.num_kv_heads) * config.head_width
+        self.wqkv = nn.Linear(config.width, merged, bias=False)
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x_BTD: Tensor, shared: Context, carry: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
-        """Attention output [B,T,D], and the unrotated keys and values of carried and new positions."""
-        q, k, v = (
-            part.unflatten(-1, (-1, self.config.head_width)) for part in self.wqkv(x_BTD).split(self.widths, dim=-1)
-        )
-        if carry is not None:
-            k, v = torch.cat((carry[0], k), 1), torch.cat((carry[1], v), 1)
-        rotated, values = rotate(k, shared.key_rotations), v
-        if self.config.num_kv_heads != self.config.heads:
-            repeats = self.config.heads // self.config.num_kv_heads
-            rotated, values = rotated.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
-        out = causal_attention(rotate(q, shared.query_rotations), rotated, values, shared.spans)
-        return self.wo(out.flatten(-2)), (k, v)
+    def forward(self, x_BTD: Tensor, memory: Memory, layer: int) -> Tensor:
+        """Attention output [B,T,D]."""
+        qkv_BTNK = self.wqkv(x_BTD).unflatten(-1, (-1, self.config.head_width))
+        out: Tensor = self.wo(memory.attend(layer, qkv_BTNK, self.config.heads).flatten(-2))
+        return out
 
 
 class FeedForward(nn.Module):
@@ -177,15 +192,10 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x_BTD: Tensor, shared: Context) -> Tensor:
-        x, _ = self.step(x_BTD, shared, None)
-        return x
-
-    def step(self, x_BTD: Tensor, shared: Context, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """The block on a chunk that follows `carry`; also gives the keys and values the next chunk may need."""
-        attended, keys_values = self.attention(self.attention_norm(x_BTD), shared, carry)
-        x = x_BTD + attended
-        return x + self.feed_forward(self.ffn_norm(x)), keys_values
+    def forward(self, x_BTD: Tensor, memory: Memory, layer: int) -> Tensor:
+        x = x_BTD + self.attention(self.attention_norm(x_BTD), memory, layer)
+        out: Tensor = x + self.feed_forward(self.ffn_norm(x))
+        return out
 
 
 def init_linear(weight: Tensor, factor: float = 1.0, std: float | None = None) -> None:

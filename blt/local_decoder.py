@@ -5,11 +5,13 @@ is complete at byte i, that is the patch of byte i + 1 less one, so nothing of t
 Shapes: B rows, T bytes, P patches, k slots of a patch, D local width, G latent width, V vocabulary. Source: the paper.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from blt.cross_attention import CrossAttention
-from blt.layers import Block, Context, RMSNorm, TransformerConfig, init_blocks, init_linear
+from blt.layers import Block, Memory, RMSNorm, TransformerConfig, init_blocks, init_linear
 from blt.local_encoder import CrossAttentionConfig
 from blt.patch_layout import PatchLayout
 from blt.segments import gather_rows
@@ -42,18 +44,46 @@ class LocalDecoder(nn.Module):
         nn.init.ones_(self.norm.weight)
         init_linear(self.output.weight)
 
-    def forward(self, h_BTD: Tensor, patches_BPG: Tensor, layout: PatchLayout, shared: Context) -> Tensor:
+    def forward(self, h_BTD: Tensor, patches_BPG: Tensor, layout: PatchLayout, memory: Memory) -> Tensor:
         """Logits [B,T,V] of the next byte, float32 or wider."""
-        patches = patches_BPG if self.projection is None else self.projection(patches_BPG)
-        slots_BPkD = patches.unflatten(-1, (self.slots, -1))
+        patches_BPG = self.project(patches_BPG)
+
+        def reading(layer: int) -> Tensor:
+            return gather_rows(self.reading(patches_BPG, layer), layout.decoder_patch)
+
+        return self.logits(self.byte_states(h_BTD, reading, memory))
+
+    def project(self, patches_BPG: Tensor) -> Tensor:
+        """Patch vectors [B,P,k*D] at the local width."""
+        return patches_BPG if self.projection is None else self.projection(patches_BPG)
+
+    @property
+    def num_readings(self) -> int:
+        """How often a byte reads its patch."""
+        return 1 if self.cross.decoder_layers == "none" else len(self.cross_attention)
+
+    def reading(self, patches_BPE: Tensor, layer: int) -> Tensor:
+        """What bytes read of every projected patch at a layer: [B*P,k,2D], or without cross-attention [B*P,D]."""
+        if not self.cross_attention:
+            return patches_BPE.flatten(0, 1)
+        attention = self.cross_attention[layer]
+        assert isinstance(attention, CrossAttention)
+        return attention.slot_pairs(patches_BPE.unflatten(-1, (self.slots, -1)))
+
+    def byte_states(self, h_BTD: Tensor, reading: Callable[[int], Tensor], memory: Memory) -> Tensor:
+        """States [B,T,D] after the last block; `reading` gives, for a layer, the `reading` of each byte's patch."""
         if self.cross.decoder_layers == "none":
-            h_BTD = h_BTD + gather_rows(patches.flatten(0, 1), layout.decoder_patch).view_as(h_BTD)
+            h_BTD = h_BTD + reading(0).view_as(h_BTD)
         for layer, block in enumerate(self.blocks):
             if layer < len(self.cross_attention):
                 attention = self.cross_attention[layer]
                 assert isinstance(attention, CrossAttention)
                 # The residual counts twice (2h + attention), as in released weights.
-                h_BTD = 2 * h_BTD + attention.bytes_read_patches(h_BTD, slots_BPkD, layout.decoder_patch)
-            h_BTD = block(h_BTD, shared)
+                h_BTD = 2 * h_BTD + attention.bytes_read_patches(h_BTD, reading(layer))
+            h_BTD = block(h_BTD, memory, layer)
+        return h_BTD
+
+    def logits(self, h_BTD: Tensor) -> Tensor:
+        """Logits [B,T,V] of the next byte, float32 or wider."""
         logits: Tensor = self.output(self.norm(h_BTD))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

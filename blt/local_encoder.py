@@ -4,6 +4,7 @@ In: byte ids [B,T], a `PatchLayout`. Out: byte states [B,T,D] (read by the decod
 Shapes: B rows, T bytes, P patches, k slots of a patch, D width. Source: arXiv 2412.09871.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from blt.cross_attention import CrossAttention
 from blt.errors import ConfigError
 from blt.hash_embedding import HashEmbedding
-from blt.layers import Block, Context, TransformerConfig, init_blocks, init_linear
+from blt.layers import Block, Memory, TransformerConfig, init_blocks, init_linear
 from blt.patch_layout import PatchLayout
 from blt.segments import max_rows, sum_rows
 from blt.vocabulary import VOCABULARY_SIZE
@@ -87,38 +88,51 @@ class LocalEncoder(nn.Module):
         if self.slot_projection is not None:
             init_linear(self.slot_projection.weight)
 
-    def forward(
-        self, byte_ids_BT: Tensor, layout: PatchLayout, shared: Context, isolate: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, byte_ids_BT: Tensor, layout: PatchLayout, memory: Memory, isolate: bool) -> tuple[Tensor, Tensor]:
         """Byte states [B,T,D] and patch slots [B,P,k,D]. `isolate`: hash windows restart at each document."""
-        h_BTD = self.byte_embedding(byte_ids_BT)
-        if self.hash_embedding is not None:
-            h_BTD = h_BTD + self.hash_embedding(byte_ids_BT, layout.positions_BT if isolate else None)
-        slots: Tensor | None = None
+        h_BTD = self.embed(byte_ids_BT, layout.positions_BT if isolate else None)
+        states = self.byte_states(h_BTD, memory)
+        return states[-1], self.patch_slots(states, layout.encoder_patch, layout.num_patches)
+
+    def embed(self, byte_ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        """Embeddings [B,T,D] of bytes and of the n-grams that end at them; positions as in `rolling_hashes`."""
+        h_BTD: Tensor = self.byte_embedding(byte_ids_BT)
+        return h_BTD if self.hash_embedding is None else h_BTD + self.hash_embedding(byte_ids_BT, positions_BT)
+
+    @property
+    def hash_reach(self) -> int:
+        """How many ids before a byte its embedding reads."""
+        return 0 if self.hash_embedding is None else max(self.hash_embedding.group_sizes) - 1
+
+    def byte_states(self, h_BTD: Tensor, memory: Memory) -> list[Tensor]:
+        """States [B,T,D] that patches read, of each layer or of the last alone; the decoder reads the last."""
+        states = [h_BTD]
         for layer, block in enumerate(self.blocks):
-            h_BTD = block(h_BTD, shared)
-            if self.cross.encoder_layers == "all":
-                slots = self._attend(self.cross_attention[layer], slots, h_BTD, layout)
-        if self.cross.encoder_layers == "last":
-            slots = self._attend(self.cross_attention[0], slots, h_BTD, layout)
-        return h_BTD, self._pool(h_BTD, layout)[:, :, None] if slots is None else slots
+            h_BTD = block(h_BTD, memory, layer)
+            states = [*states, h_BTD] if layer > 0 and self.cross.encoder_layers == "all" else [h_BTD]
+        return states
 
-    def _attend(self, attention: nn.Module, slots: Tensor | None, h_BTD: Tensor, layout: PatchLayout) -> Tensor:
-        """One round of cross-attention; its residual counts twice (2q + attention), as in released weights."""
-        assert isinstance(attention, CrossAttention)
+    def patch_slots(self, states: Sequence[Tensor], patch_N: Tensor, num_patches: int) -> Tensor:
+        """Slots [B,P,k,D] of patches whose bytes have these `byte_states`; patch_N: row * P + patch, int64 [B*T]."""
+        if not self.cross_attention:
+            return self._pool(states[-1], patch_N, num_patches)[:, :, None]
         assert self.slot_projection is not None
-        if slots is None:
-            slots = self.slot_projection(self._pool(h_BTD, layout)).unflatten(-1, (self.cross.slots, -1))
-        return 2 * slots + attention.patches_read_bytes(slots, h_BTD, layout.encoder_patch)
+        pooled_BPD = self._pool(states[0], patch_N, num_patches)
+        slots: Tensor = self.slot_projection(pooled_BPD).unflatten(-1, (self.cross.slots, -1))
+        for attention, h_BTD in zip(self.cross_attention, states, strict=True):
+            assert isinstance(attention, CrossAttention)
+            # The residual counts twice (2q + attention), as in released weights.
+            slots = 2 * slots + attention.patches_read_bytes(slots, h_BTD, patch_N)
+        return slots
 
-    def _pool(self, h_BTD: Tensor, layout: PatchLayout) -> Tensor:
+    def _pool(self, h_BTD: Tensor, patch_N: Tensor, num_patches: int) -> Tensor:
         """One vector per patch, [B,P,D]; a patch without bytes gets 0."""
-        rows, patch, total = h_BTD.flatten(0, 1), layout.encoder_patch, h_BTD.shape[0] * layout.num_patches
+        rows, total = h_BTD.flatten(0, 1), h_BTD.shape[0] * num_patches
         if self.cross.pooling == "max":
-            pooled = max_rows(rows, patch, total)
+            pooled = max_rows(rows, patch_N, total)
         elif self.cross.pooling == "min":
-            pooled = -max_rows(-rows, patch, total)
+            pooled = -max_rows(-rows, patch_N, total)
         else:
             ones = torch.ones(len(rows), 1, device=rows.device)  # float32: bfloat16 cannot count above 256
-            pooled = sum_rows(rows, patch, total) / sum_rows(ones, patch, total).clamp(min=1).to(rows.dtype)
-        return pooled.view(h_BTD.shape[0], layout.num_patches, -1)
+            pooled = sum_rows(rows, patch_N, total) / sum_rows(ones, patch_N, total).clamp(min=1).to(rows.dtype)
+        return pooled.view(h_BTD.shape[0], num_patches, -1)

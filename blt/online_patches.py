@@ -1,48 +1,77 @@
-"""The patches of a document that is still being written: bytes in as they come, patch lengths out.
+"""The patches of documents that are still being written: bytes in as they come, patch starts out.
 
-The same rule and the same entropies as for a whole document: `EntropyStream` reads each byte once, in the context
+The same rule and the same entropies as for whole documents: `OnlineEntropies` reads each byte once, in the context
 that `document_entropies` gives it (BOS first, a new context at newlines where the patches were made so, positions
-and the carried window of long documents), and `OnlinePatches` applies the rule to all bytes so far.
-Shapes: B = 1 row, T ids, P patches. Entropies are nats, float32, on the CPU.
+and the carried window of long documents), and `OnlinePatches` applies the rule to the end of each document.
+Shapes: B documents, T ids, n bytes of a document. Entropies are nats, float32, on the CPU.
 """
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from blt.entropy_model import ContextStream, EntropyModel, next_byte_entropy
+from blt.decoding_cache import StackCache
+from blt.entropy_model import ContextStream, EntropyModel, next_byte_entropy, starts_again
 from blt.errors import ConfigError
-from blt.patching import PatchRule, document_patch_starts, starts_to_lengths
+from blt.patching import PatchRule, document_patch_starts, patch_starts
 from blt.vocabulary import BOS, encode
 
+NEWLINE = int(encode(b"\n"))
 
-class EntropyStream:
-    """Next-byte entropies of one growing document; equal to those of `document_entropies` to 1e-4 nats in float32."""
+DECIDING_IDS = 4
+"""Ids at the end of a row that decide whether the next byte starts a patch: no rule reads more than two, and the
+first three of a row are special cases of some rules, which must not be met again further on."""
 
-    def __init__(self, model: EntropyModel, reset_on_newline: bool) -> None:
+
+class OnlineEntropies:
+    """Next-byte entropies of growing documents; equal to those of `document_entropies` to 1e-4 nats in float32."""
+
+    def __init__(self, model: EntropyModel, reset_on_newline: bool, num_documents: int) -> None:
         self.model, self.reset_on_newline = model, reset_on_newline
-        self._context = ContextStream(model)
+        self._cache = StackCache(model.config.transformer, num_documents, model.output.weight)
+        self._read = [0] * num_documents
 
-    def feed(self, ids_T: Tensor) -> Tensor:
-        """Entropies [T] made at each of the ids (int64) that follow those fed before."""
-        opens = torch.nonzero(ids_T == encode(b"\n")).flatten().tolist() if self.reset_on_newline else []
+    def open(self, document: int, ids_T: Tensor) -> Tensor:
+        """Entropies [T] made at the first ids (int64, at least one) of a document."""
+        opens = torch.nonzero(ids_T == NEWLINE).flatten().tolist() if self.reset_on_newline else []
         parts = []
-        for index, run_T in enumerate(ids_T.tensor_split(opens)):
-            if index > 0:
-                self._context = ContextStream(self.model)
+        for run_T in ids_T.tensor_split(opens):
             if len(run_T):
-                logits_TV = self._context.feed(run_T.to(self.model.output.weight.device))
-                parts.append(next_byte_entropy(logits_TV).cpu())
-        return torch.cat(parts) if parts else torch.empty(0)
+                context = ContextStream(self.model)
+                parts.append(next_byte_entropy(context.feed(run_T.to(self._cache.device))).cpu())
+        self._cache.load(document, context.reader)
+        self._read[document] = context.position
+        return torch.cat(parts)
+
+    def step(self, ids: Sequence[int]) -> Tensor:
+        """Entropies [B] made at the next id of each document."""
+        for document, byte_id in enumerate(ids):
+            if self.reset_on_newline and byte_id == NEWLINE:
+                self._cache.clear(document)
+                self._read[document] = 0
+            elif starts_again(self._read[document]):
+                self._cache.rebase(document, self.model.config.window - 1)
+            self._read[document] += 1
+        ids_BT = torch.tensor(ids, device=self._cache.device)[:, None]
+        return next_byte_entropy(self.model.logits(ids_BT, self._cache.step())[:, 0]).cpu()
+
+    def keep(self, documents: Sequence[int]) -> None:
+        """Only these documents go on, in this order."""
+        self._cache.keep(documents)
+        self._read = [self._read[document] for document in documents]
 
 
 class OnlinePatches:
-    """Patch lengths of BOS and the bytes so far, the virtual next byte included.
+    """Where the patches of BOS and the bytes so far start, and whether the byte to come starts one.
 
     ConfigError for a rule that looks ahead (top_k), or that reads entropies where there is no entropy model.
     """
 
-    def __init__(self, rule: PatchRule, entropy_model: EntropyModel | None, reset_on_newline: bool) -> None:
+    def __init__(
+        self, rule: PatchRule, entropy_model: EntropyModel | None, reset_on_newline: bool, num_documents: int = 1
+    ) -> None:
         if rule.kind == "top_k":
             raise ConfigError(
                 "patch rule: kind top_k looks ahead in the document, so bytes cannot be generated with it; "
@@ -53,23 +82,64 @@ class OnlinePatches:
                 f"patch rule: kind {rule.kind} needs the entropy model that the patches were made with, "
                 "but the language model was saved or loaded without one"
             )
-        self.rule, self.document = rule, b""
-        self._stream: EntropyStream | None = None
-        self._entropies = torch.empty(0)
+        self.rule = rule
+        self._uncut = replace(rule, max_patch_length=None)
+        self._entropies: OnlineEntropies | None = None
         if rule.needs_entropies and entropy_model is not None:
-            self._stream = EntropyStream(entropy_model, reset_on_newline)
-            self._entropies = self._stream.feed(torch.tensor([BOS]))
+            self._entropies = OnlineEntropies(entropy_model, reset_on_newline, num_documents)
+        self._ends: list[list[tuple[int, float]]] = [[] for _ in range(num_documents)]
+        """The last DECIDING_IDS ids of each document, BOS included, each with the entropy made at it."""
+        self._num_bytes = [0] * num_documents
+        self._latest = [0] * num_documents
+        """Index of the byte at which each document's latest patch would have started if no patch were too long."""
 
-    def feed(self, new: bytes) -> None:
-        """Append bytes to the document."""
-        self.document += new
-        if self._stream is not None:
-            self._entropies = torch.cat((self._entropies, self._stream.feed(encode(new))))
-
-    def starts(self) -> Tensor:
+    def open(self, document: int, prompt: bytes) -> Tensor:
         """Bool [n + 1] as `document_patch_starts`: the last entry says whether the byte to come starts a patch."""
-        return document_patch_starts(self.document, self._entropies if self._stream is not None else None, self.rule)
+        ids = [BOS, *encode(prompt[-DECIDING_IDS:]).tolist()]
+        entropies = None
+        if self._entropies is not None:
+            entropies = self._entropies.open(document, torch.cat((torch.tensor([BOS]), encode(prompt))))
+        nats = [0.0] * (len(prompt) + 1) if entropies is None else entropies.tolist()
+        end = slice(-min(DECIDING_IDS, len(prompt) + 1), None)
+        self._ends[document] = list(zip(ids[end], nats[end], strict=True))
+        self._num_bytes[document] = len(prompt)
+        self._latest[document] = int(document_patch_starts(prompt, entropies, self._uncut).nonzero()[-1])
+        return document_patch_starts(prompt, entropies, self.rule)
 
-    def lengths(self) -> Tensor:
-        """Patch lengths int64 [P] of BOS, the n bytes and the byte to come: they sum to n + 2, the first is 1."""
-        return starts_to_lengths(F.pad(self.starts(), (1, 0), value=True)[None])[0]
+    def step(self, ids: Sequence[int]) -> list[bool]:
+        """Whether, after one more byte (its id) in each document, the byte to come starts a patch."""
+        nats = [0.0] * len(ids) if self._entropies is None else self._entropies.step(ids).tolist()
+        for document, end in enumerate(zip(ids, nats, strict=True)):
+            self._ends[document] = [*self._ends[document][1 - DECIDING_IDS :], end]
+            self._num_bytes[document] += 1
+        found = self._decisions()
+        for document, starts in enumerate(found):
+            if starts:
+                self._latest[document] = self._num_bytes[document]
+            elif self.rule.max_patch_length is not None:
+                length = self._num_bytes[document] - self._latest[document]
+                found[document] = length % self.rule.max_patch_length == 0
+        return found
+
+    def keep(self, documents: Sequence[int]) -> None:
+        """Only these documents go on, in this order."""
+        if self._entropies is not None:
+            self._entropies.keep(documents)
+        self._ends = [self._ends[document] for document in documents]
+        self._num_bytes = [self._num_bytes[document] for document in documents]
+        self._latest = [self._latest[document] for document in documents]
+
+    def _decisions(self) -> list[bool]:
+        """What the rule says of each document's byte to come, whatever the longest patch is."""
+        if self.rule.kind in ("fixed", "byte"):
+            size = int(self.rule.patch_size or 1) if self.rule.kind == "fixed" else 1
+            return [num_bytes % size == 0 for num_bytes in self._num_bytes]
+        found = [False] * len(self._ends)
+        for length in {len(end) for end in self._ends}:
+            documents = [document for document, end in enumerate(self._ends) if len(end) == length]
+            ids_BT = torch.tensor([[byte_id for byte_id, _ in self._ends[document]] for document in documents])
+            nats_BT = torch.tensor([[nats for _, nats in self._ends[document]] for document in documents])
+            starts = patch_starts(ids_BT, nats_BT, self._uncut, include_next=True)[:, -1].tolist()
+            for document, start in zip(documents, starts, strict=True):
+                found[document] = start
+        return found

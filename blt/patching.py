@@ -7,7 +7,7 @@ Source: BLT (arXiv 2412.09871) section 2; edge cases as the published implementa
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -15,9 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blt import vocabulary
+from blt.config_json import ADDED_LATER
 from blt.errors import ConfigError
 
 Kind = Literal["entropy", "space", "fixed", "byte", "top_k"]
+
+ENTROPY_STEPS_PER_NAT = 32
+"""Steps of a stored entropy per nat: a step is fine enough for every useful threshold, and 260 ids fit into a byte."""
 
 _INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -49,6 +53,9 @@ class PatchRule:
     """Bytes per patch: a whole number for fixed, the mean aimed at for top_k; the other kinds do not use it."""
     max_patch_length: int | None = None
     """Longest patch in bytes: a longer one is cut into pieces of this length and a remainder; None sets no limit."""
+    quantized: bool = field(default=False, metadata=ADDED_LATER)
+    """Round entropies up to multiples of 1/32 nat before they are compared, as a dataset stores them; used by entropy
+    and top_k."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -76,9 +83,9 @@ def patch_lengths(byte_ids: Tensor, entropies: Tensor | None, rule: PatchRule, i
     """Patch lengths of each row, int64 [P] or [B, P] for ids of [T] or [B, T], with zeros after a row's last patch.
 
     `entropies` (nats, the shape of the ids, any float dtype) may be None for kinds that do not read them; comparisons
-    are made in their dtype. Rows are full: there is no padding id. Lengths sum to T, or to T + 1 with `include_next`,
-    which counts the virtual byte after the row; T = 0 gives rows without a patch. H_0 is never read. Inputs of the
-    wrong shape or dtype, ids outside 0..259 and NaN entropies are a ValueError.
+    are made in their dtype, in float32 if the rule is quantized. Rows are full: there is no padding id. Lengths sum to
+    T, or to T + 1 with `include_next`, which counts the virtual byte after the row; T = 0 gives rows without a patch.
+    H_0 is never read. Inputs of the wrong shape or dtype, ids outside 0..259 and NaN entropies are a ValueError.
     """
     _check_values(byte_ids, entropies, rule)
     starts = patch_starts(byte_ids, entropies, rule, include_next)
@@ -124,6 +131,23 @@ def document_patch_starts(document: bytes, entropies: Tensor | None, rule: Patch
     return patch_starts(byte_ids_T, entropies, rule, include_next=True)[1:]
 
 
+def quantize_entropies(entropies: Tensor) -> Tensor:
+    """uint8 ceil(32 H) of entropies H in nats, any float dtype and shape: what a dataset stores. ValueError for NaN.
+
+    A threshold that is a multiple of 1/32 decides alike before and after: H > m / 32 if and only if ceil(32 H) > m.
+    """
+    if bool(entropies.isnan().any()):
+        raise ValueError("entropies hold NaN: it cannot be quantized")
+    return _steps(entropies).to(torch.uint8)
+
+
+def stored_entropies(values: bytes | Tensor) -> Tensor:
+    """float32 nats of stored uint8 values, one byte each; a quantized rule cuts them as it cuts the original ones."""
+    if isinstance(values, bytes):
+        values = torch.frombuffer(bytearray(values), dtype=torch.uint8) if values else torch.empty(0, dtype=torch.uint8)
+    return values.to(torch.float32) / ENTROPY_STEPS_PER_NAT
+
+
 def starts_to_lengths(starts_BM: Tensor) -> Tensor:
     """Patch lengths int64 [B, P] of bool patch starts [B, M], zeros trailing; P = the most patches of a row.
 
@@ -153,13 +177,21 @@ def _decisions(ids_BT: Tensor, entropies_BT: Tensor | None, rule: PatchRule) -> 
     if rule.kind == "space":
         return _space_ends(ids_BT)
     assert entropies_BT is not None
+    if rule.quantized:
+        entropies_BT = stored_entropies(_steps(entropies_BT))
     if rule.kind == "top_k":
         return _top_k_decisions(entropies_BT, rule)
     return _entropy_decisions(entropies_BT, rule)
 
 
+def _steps(entropies: Tensor) -> Tensor:
+    """ceil(32 H), exact in every float dtype: 32 is a power of two, and ln 260 nats are 178 steps."""
+    return (entropies * ENTROPY_STEPS_PER_NAT).ceil().clamp(0, 255)
+
+
 def _entropy_decisions(entropies_BT: Tensor, rule: PatchRule) -> Tensor:
-    """Bool [B, T]: whether H_i satisfies the rule; compared, and differences taken, in the dtype of the entropies.
+    """Bool [B, T]: whether H_i satisfies the rule; compared, and differences taken, in the dtype of the entropies given
+    (of a quantized rule float32, in which differences of its multiples of 1/32 are exact).
 
     Rules on the rise have no rise to look at for i = 1 (H_0 is not read) and let byte 2 start a patch. With
     `threshold_add` byte 3 then never starts one, which is what the published implementation computes.

@@ -32,13 +32,19 @@ def place(
 
     Raises ValueError naming the tensors that are missing, unexpected, of another shape or not floating-point.
     """
-    model = _without_storage(build, config)
-    check_tensors(tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
-    model = model.to(dtype).to_empty(device=device)
+    check_tensors(tensors, parameter_shapes(build, config))
+    model = without_weights(build, config, device, dtype)
     with torch.no_grad():
         for name, parameter in model.state_dict().items():
             parameter.copy_(tensors[name])
     return model
+
+
+def without_weights(
+    build: Callable[[Config], AnyModel], config: Config, device: torch.device | str, dtype: torch.dtype
+) -> AnyModel:
+    """The model of `config` with memory for its parameters and whatever is in it: every one is to be written."""
+    return _without_storage(build, config).to(dtype).to_empty(device=device)
 
 
 def parameter_shapes(build: Callable[[Config], AnyModel], config: Config) -> dict[str, torch.Size]:

@@ -1,8 +1,9 @@
-"""How the next byte is chosen: logits in, one id out.
+"""How the next byte is chosen: logits in, one id for each row out.
 
-Shapes: V vocabulary. Only bytes and EOS can be chosen; the other special ids are masked.
+Shapes: B rows, V vocabulary. Only bytes and EOS can be chosen; the other special ids are masked.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,21 +44,25 @@ class Sampling:
         return generator
 
 
-def next_id(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The id chosen from logits of the next byte; uses one uniform number of `generator` unless greedy."""
-    allowed_V = logits_V.double().cpu()
-    specials = [special for special in range(BYTE_OFFSET) if special != EOS]
-    allowed_V[specials] = -torch.inf
+def next_ids(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
+    """The ids chosen from logits of the next bytes; uses one uniform number of each row's generator unless greedy."""
+    allowed_BV = logits_BV.double().cpu()
+    allowed_BV[:, [special for special in range(BYTE_OFFSET) if special != EOS]] = -torch.inf
     if sampling.temperature == 0:
-        return int(allowed_V.argmax())
+        greedy: list[int] = allowed_BV.argmax(1).tolist()
+        return greedy
     # Differences first: dividing large logits by a small temperature would overflow.
-    scaled_V = (allowed_V - allowed_V.max()) / sampling.temperature
-    probability_V, id_V = torch.softmax(scaled_V, 0).sort(descending=True, stable=True)
+    scaled_BV = (allowed_BV - allowed_BV.amax(1, keepdim=True)) / sampling.temperature
+    probability_BV, id_BV = torch.softmax(scaled_BV, 1).sort(dim=1, descending=True, stable=True)
     kept = min(sampling.top_k or VOCABULARY_SIZE, VOCABULARY_SIZE)
-    below_V = probability_V[:kept].cumsum(0)
+    below_BV = probability_BV[:, :kept].cumsum(1)
+    total_B1 = below_BV[:, -1:]
     if sampling.top_p is not None:
         # The number of entries that do not reach top_p together, and the one that does.
-        short = int((below_V < sampling.top_p * below_V[-1]).sum())
-        below_V = below_V[: short + 1]
-    draw = torch.rand(1, dtype=torch.float64, generator=generator) * below_V[-1]
-    return int(id_V[int(torch.searchsorted(below_V, draw, right=True).clamp(max=len(below_V) - 1))])
+        short_B1 = (below_BV < sampling.top_p * total_B1).sum(1, keepdim=True)
+        total_B1 = below_BV.gather(1, short_B1.clamp(max=kept - 1))
+    draws = [torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators]
+    place_B1 = (below_BV <= torch.stack(draws) * total_B1).sum(1, keepdim=True)
+    last_B1 = (below_BV < total_B1).sum(1, keepdim=True)
+    drawn: list[int] = id_BV.gather(1, torch.minimum(place_B1, last_B1))[:, 0].tolist()
+    return drawn

@@ -8,6 +8,7 @@ known to change no number at inference, None or False; anything else is refused.
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from blt.entropy_model import EntropyModel, EntropyModelConfig
@@ -103,18 +104,21 @@ UNUSED_BY_BLT = frozenset({"dim", "head_dim", "n_heads", "n_layers", "sliding_wi
 """Arguments of the base class that a BLT has beside those of its three parts, and does not read."""
 
 
-def from_reference(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> BLT | EntropyModel:
+def from_reference(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any], *, dtype: torch.dtype | None = None
+) -> BLT | EntropyModel:
     """The model of a reference state dict: a BLT if `config` has `dim_global`, else an entropy model.
 
-    On the CPU, in the dtype of the tensors (float32 where they differ). Raises ValueError naming every argument that is
-    unknown, missing or of a value that is not computed here, and every tensor missing, unexpected or of a wrong shape.
+    On the CPU, in `dtype` or, if None, in that of the tensors (float32 where they differ). Raises ValueError naming
+    every argument that is unknown, missing or of a value that is not computed here, and every tensor missing,
+    unexpected or of a wrong shape.
     """
     arguments = Arguments(config, IGNORED, FIXED)
     if "dim_global" in config:
         blt_config = _blt_config(arguments)
-        return adopt(BLT, blt_config, state_dict, blt_renaming(blt_config, NAMES))
+        return adopt(BLT, blt_config, state_dict, blt_renaming(blt_config, NAMES), dtype=dtype)
     entropy_config = _entropy_config(arguments)
-    return adopt(EntropyModel, entropy_config, state_dict, entropy_renaming(entropy_config, NAMES))
+    return adopt(EntropyModel, entropy_config, state_dict, entropy_renaming(entropy_config, NAMES), dtype=dtype)
 
 
 def to_reference(model: BLT | EntropyModel) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from blt.entropy_model import EntropyModelConfig
 from blt.layers import TransformerConfig
 from blt.model import BLTConfig
-from blt.placement import AnyModel, Config, check_tensors, parameter_shapes, place
+from blt.placement import AnyModel, Config, check_tensors, parameter_shapes, without_weights
 
 
 @dataclass(frozen=True)
@@ -186,11 +186,17 @@ def adopt(
     """
     shapes = parameter_shapes(build, config)
     check_tensors(tensors, _their_shapes(renaming, shapes))
-    with torch.no_grad():
-        merged = {entry.ours: torch.cat([tensors[name] for name in entry.theirs]) for entry in renaming}
     dtypes = {tensor.dtype for tensor in tensors.values()}
     stored = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    return place(build, config, merged, device, stored if dtype is None else dtype)
+    model = without_weights(build, config, device, stored if dtype is None else dtype)
+    parameters = model.state_dict()
+    with torch.no_grad():
+        for entry in renaming:
+            # Part by part into its rows, so that the weights of a mapped file are in memory once.
+            sizes = [len(tensors[name]) for name in entry.theirs]
+            for name, rows in zip(entry.theirs, parameters[entry.ours].split(sizes), strict=True):
+                rows.copy_(tensors[name])
+    return model
 
 
 def _their_shapes(renaming: Renaming, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...]]:

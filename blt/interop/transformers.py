@@ -1,24 +1,28 @@
 """transformers' BLT directories: in as a `LanguageModel`, out as files that its AutoModelForCausalLM loads.
 
 A directory holds config.json and model.safetensors (or an index and several safetensors files); the entropy model is
-its patcher. Nothing of transformers is imported. Its forward has no documents: equal logits hold for one document.
+its patcher. Written beside them: the byte vocabulary as a tokenizer, and the settings of generation. Nothing of
+transformers is imported. Its forward has no documents: equal logits hold for one document.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from blt.checkpoint import LanguageModel, fingerprint, replace_file
-from blt.config_json import json_object
+from blt.config_json import Json, json_object
 from blt.entropy_model import EntropyModel
 from blt.errors import CheckpointError
 from blt.interop.renaming import Names, adopt, blt_renaming, entropy_renaming, split
+from blt.interop.tokenizer import tokenizer_config, tokenizer_json
 from blt.interop.transformers_config import Settings, read_settings, write_settings
+from blt.interop.weights import read_tensors
 from blt.model import BLT
+from blt.vocabulary import BOE, BOS, EOS
 
 NAMES = Names(
     attention="self_attn",
@@ -42,8 +46,8 @@ NAMES = Names(
 )
 
 
-def from_transformers(directory: str | Path) -> LanguageModel:
-    """The language model of a transformers BLT directory, on the CPU, in the dtype its weights are stored in.
+def from_transformers(directory: str | Path, *, dtype: torch.dtype | None = None) -> LanguageModel:
+    """The language model of a transformers BLT directory, on the CPU, in `dtype` or, if None, as it is stored.
 
     The patcher becomes the entropy model; without one there is none. A directory that `to_transformers` wrote gives
     back its configuration, patch rule and provenance too. Encoder cross-attention in all of several layers is computed
@@ -58,17 +62,18 @@ def from_transformers(directory: str | Path) -> LanguageModel:
             raise ValueError(f"key model_type must be 'blt', got {values.get('model_type')!r}")
         settings, provenance = read_settings(values), _provenance(values)
         path = _weights_path(root)
-        return _language_model(settings, _tensors(path), provenance)
+        return _language_model(settings, read_tensors(path), provenance, dtype)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{error.filename or path}: no such file; a transformers BLT directory has one"
         ) from error
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def to_transformers(lm: LanguageModel, directory: str | Path, *, lossy_patching: bool = False) -> None:
-    """Write a directory that transformers' AutoModelForCausalLM loads and that gives the model's logits.
+    """Write a directory that transformers' AutoModelForCausalLM loads and that gives the model's logits, with the
+    tokenizer that its AutoTokenizer loads.
 
     With patch lengths passed in, and by its own patcher where the rule is kind byte or a plain entropy threshold and no
     patch of the text exceeds `max_patch_length`, which it is not told (its splitting is wrong). Another rule is refused
@@ -76,13 +81,7 @@ def to_transformers(lm: LanguageModel, directory: str | Path, *, lossy_patching:
     Raises ConfigError naming what transformers does not compute.
     """
     patcher = lm.entropy_model
-    settings = Settings(
-        model=lm.config,
-        entropy_model=None if patcher is None else patcher.config,
-        patch_rule=lm.patch_rule,
-        reset_on_newline=lm.reset_on_newline,
-    )
-    config = write_settings(settings, lossy_patching=lossy_patching)
+    config = write_settings(settings_of(lm), lossy_patching=lossy_patching)
     tensors = split(lm.model.state_dict(), blt_renaming(lm.config, NAMES))
     config["dtype"] = str(tensors["lm_head.weight"].dtype).removeprefix("torch.")
     if patcher is not None:
@@ -91,20 +90,41 @@ def to_transformers(lm: LanguageModel, directory: str | Path, *, lossy_patching:
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     replace_file(root / "model.safetensors", lambda path: save_file(tensors, path, {"format": "pt"}))
-    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-    replace_file(root / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+    _write_json(root / "tokenizer.json", tokenizer_json())
+    _write_json(root / "tokenizer_config.json", tokenizer_config())
+    # generate() reads use_cache here and not in config.json.
+    ids: dict[str, Json] = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": BOE}
+    _write_json(root / "generation_config.json", {**ids, "use_cache": False})
+    _write_json(root / "config.json", config)
 
 
-def _language_model(settings: Settings, tensors: Mapping[str, Tensor], provenance: dict[str, str]) -> LanguageModel:
+def settings_of(lm: LanguageModel) -> Settings:
+    """The language model without its weights."""
+    return Settings(
+        model=lm.config,
+        entropy_model=None if lm.entropy_model is None else lm.entropy_model.config,
+        patch_rule=lm.patch_rule,
+        reset_on_newline=lm.reset_on_newline,
+    )
+
+
+def _write_json(path: Path, values: Mapping[str, Json]) -> None:
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _language_model(
+    settings: Settings, tensors: Mapping[str, Tensor], provenance: dict[str, str], dtype: torch.dtype | None
+) -> LanguageModel:
     prefix = NAMES.entropy_model
     of_patcher = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     entropy_model = None
     if settings.entropy_model is not None:
         renaming = entropy_renaming(settings.entropy_model, NAMES)
-        entropy_model = adopt(EntropyModel, settings.entropy_model, of_patcher, renaming)
+        entropy_model = adopt(EntropyModel, settings.entropy_model, of_patcher, renaming, dtype=dtype)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
     return LanguageModel(
-        model=adopt(BLT, settings.model, tensors, blt_renaming(settings.model, NAMES)),
+        model=adopt(BLT, settings.model, tensors, blt_renaming(settings.model, NAMES), dtype=dtype),
         entropy_model=entropy_model,
         patch_rule=settings.patch_rule,
         reset_on_newline=settings.reset_on_newline,
@@ -118,19 +138,6 @@ def _weights_path(root: Path) -> Path:
     """model.safetensors, or the index of several files."""
     single, index = root / "model.safetensors", root / "model.safetensors.index.json"
     return index if index.exists() and not single.exists() else single
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, or of those that an index names."""
-    if path.suffix != ".json":
-        return load_file(path)
-    weight_map = json_object(json.loads(path.read_text(encoding="utf-8")).get("weight_map"), "weight_map")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted({str(name) for name in weight_map.values()}):
-        if Path(name).name != name:
-            raise ValueError(f"key weight_map must name files of the same directory, got {name!r}")
-        tensors |= load_file(path.with_name(name))
-    return tensors
 
 
 def _provenance(values: Mapping[str, object]) -> dict[str, str]:

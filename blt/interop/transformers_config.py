@@ -6,6 +6,7 @@ long as they agree with those keys. Source of keys and defaults: transformers 5,
 models/blt/configuration_blt.py.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,10 +17,12 @@ from blt.interop.arguments import Arguments
 from blt.layers import TransformerConfig
 from blt.local_encoder import CrossAttentionConfig, HashEmbeddingConfig
 from blt.model import BLTConfig
-from blt.patching import PatchRule
+from blt.patching import ENTROPY_STEPS_PER_NAT, PatchRule
 from blt.vocabulary import BOE, BOS, EOS, VOCABULARY_SIZE
 
 OURS = "blt_ray"
+
+_HINT = "allow lossy patching to export all the same"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,8 @@ def write_settings(settings: Settings, *, lossy_patching: bool = False) -> dict[
     for patch lengths that are passed in.
     """
     model, patcher = settings.model, settings.entropy_model
-    _refuse(_unlike_model(model) + ([] if lossy_patching else _unlike_patching(settings)))
+    unlike_patching = [] if lossy_patching else [f"{it} ({_HINT})" for it in patching_differences(settings)]
+    _refuse(_unlike_model(model) + unlike_patching)
     encoder, decoder, cross, hashes = (
         model.local_encoder,
         model.local_decoder,
@@ -86,7 +90,7 @@ def write_settings(settings: Settings, *, lossy_patching: bool = False) -> dict[
         "use_cache": False,
         "patch_in_forward": patcher is not None,
         "patching_mode": "byte" if settings.patch_rule.kind == "byte" else "entropy",
-        "patching_threshold": _finite(settings.patch_rule.threshold),
+        "patching_threshold": _plain_threshold(settings.patch_rule),
         "patch_size": 4,
         # Its splitting of long patches loses the start of the next byte's patch.
         "max_patch_length": None,
@@ -147,16 +151,16 @@ def _unlike_model(model: BLTConfig) -> list[str]:
     return [message for message, holds in conditions.items() if not holds]
 
 
-def _unlike_patching(settings: Settings) -> list[str]:
-    """What of the patching its patcher does not follow, the longest patch aside: it knows none."""
+def patching_differences(settings: Settings) -> list[str]:
+    """What of the patching its patcher does not follow, each as a condition that does not hold; the longest patch
+    aside, as it knows none."""
     rule = settings.patch_rule
     plain = rule.kind == "entropy" and not rule.monotonic and rule.threshold_add is None
-    hint = "(allow lossy patching to export all the same)"
     conditions = {
-        f"patch_rule must be kind byte, or entropy with a threshold alone {hint}": plain or rule.kind == "byte",
-        f"patch_rule.threshold must be finite {hint}": rule.kind == "byte" or _finite(rule.threshold) == rule.threshold,
-        f"reset_on_newline must be false {hint}": not settings.reset_on_newline or not rule.needs_entropies,
-        f"the entropy model must be there {hint}": settings.entropy_model is not None or not rule.needs_entropies,
+        "patch_rule must be kind byte, or entropy with a threshold alone": plain or rule.kind == "byte",
+        "patch_rule.threshold must be finite": rule.kind == "byte" or _finite(rule.threshold) == rule.threshold,
+        "reset_on_newline must be false": not settings.reset_on_newline or not rule.needs_entropies,
+        "the entropy model must be there": settings.entropy_model is not None or not rule.needs_entropies,
     }
     return [message for message, holds in conditions.items() if not holds]
 
@@ -164,6 +168,13 @@ def _unlike_patching(settings: Settings) -> list[str]:
 def _refuse(faults: list[str]) -> None:
     if faults:
         raise ConfigError(f"transformers computes no such model: {'; '.join(faults)}")
+
+
+def _plain_threshold(rule: PatchRule) -> float:
+    """The threshold for entropies as they are: rounded up to steps of 1/32 nat they exceed it where they exceed the
+    step below it."""
+    threshold = _finite(rule.threshold)
+    return math.floor(threshold * ENTROPY_STEPS_PER_NAT) / ENTROPY_STEPS_PER_NAT if rule.quantized else threshold
 
 
 def _finite(threshold: float) -> float:

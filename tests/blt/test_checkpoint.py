@@ -243,3 +243,11 @@ def test_configuration_json_keeps_infinities_and_orders_keys() -> None:
     assert restored == rule
     assert type(restored.threshold_add) is float
     assert to_json(rule)["threshold"] == "inf"  # type: ignore[index, call-overload]
+
+
+def test_checkpoints_older_than_a_key_load_with_its_default(saved: Path) -> None:
+    path = saved / "config.json"
+    values = json.loads(path.read_text())
+    assert values["patch_rule"].pop("quantized") is False
+    path.write_text(json.dumps(values))
+    assert load(saved).patch_rule.quantized is False

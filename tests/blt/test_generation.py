@@ -9,10 +9,16 @@ import torch
 from blt.checkpoint import LanguageModel
 from blt.entropy_model import STREAM_BYTES, EntropyModel, document_entropies
 from blt.errors import ConfigError
-from blt.generation import PrefixDecoder, generate, stream
-from blt.online_patches import EntropyStream, OnlinePatches
-from blt.patching import PatchRule, document_patch_starts
-from blt.sampling import Sampling, next_id
+from blt.generation import Decoder, generate, stream
+from blt.online_patches import OnlineEntropies, OnlinePatches
+from blt.patching import (
+    ENTROPY_STEPS_PER_NAT,
+    PatchRule,
+    document_patch_starts,
+    quantize_entropies,
+    stored_entropies,
+)
+from blt.sampling import Sampling, next_ids
 from blt.vocabulary import BOE, BOS, BPE_DELIMITER, BYTE_OFFSET, EOS, VOCABULARY_SIZE, encode
 
 Build = Callable[..., LanguageModel]
@@ -39,10 +45,9 @@ def in_a_gap(entropies: torch.Tensor, rule: PatchRule) -> PatchRule:
 def test_streamed_entropies_are_those_of_the_document(small_entropy_model: EntropyModel, reset: bool) -> None:
     document = TEXT * 3
     (expected,) = document_entropies(small_entropy_model, [document], reset_on_newline=reset)
-    streamed = EntropyStream(small_entropy_model, reset)
+    online, ids = OnlineEntropies(small_entropy_model, reset, 1), [BOS, *encode(document).tolist()]
     with torch.inference_mode():
-        pieces = [streamed.feed(torch.tensor([BOS])), streamed.feed(encode(document[:50]))]
-        pieces += [streamed.feed(encode(document[i : i + 1])) for i in range(50, len(document))]
+        pieces = [online.open(0, torch.tensor(ids[:50]))] + [online.step([byte_id]) for byte_id in ids[50:]]
     # The tolerance that documents' entropies are promised to.
     assert torch.allclose(torch.cat(pieces), expected, rtol=0, atol=1e-4)
 
@@ -50,12 +55,32 @@ def test_streamed_entropies_are_those_of_the_document(small_entropy_model: Entro
 def test_streamed_entropies_of_a_long_document(small_entropy_model: EntropyModel) -> None:
     document = (TEXT * (STREAM_BYTES // len(TEXT) * 2 + 2))[: 2 * STREAM_BYTES + 100]
     (expected,) = document_entropies(small_entropy_model, [document])
-    streamed = EntropyStream(small_entropy_model, False)
     ids = torch.cat((torch.tensor([BOS]), encode(document)))
-    cuts = [1, STREAM_BYTES - 2, *range(STREAM_BYTES - 1, STREAM_BYTES + 20), 2 * STREAM_BYTES + 3]
+    # Two documents at once: one opened before its positions start again, one exactly there the second time.
+    lengths = (STREAM_BYTES - 5, 2 * STREAM_BYTES)
+    online = OnlineEntropies(small_entropy_model, False, 2)
     with torch.inference_mode():
-        pieces = [streamed.feed(piece) for piece in ids.tensor_split(cuts)]
-    assert torch.allclose(torch.cat(pieces), expected, rtol=0, atol=1e-4)
+        found = [[online.open(row, ids[:length])] for row, length in enumerate(lengths)]
+        for i in range(40):
+            for row, value in enumerate(online.step([int(ids[length + i]) for length in lengths]).split(1)):
+                found[row].append(value)
+    for pieces, length in zip(found, lengths, strict=True):
+        assert torch.allclose(torch.cat(pieces), expected[: length + 40], rtol=0, atol=1e-4)
+
+
+def assert_online_starts(online: OnlinePatches, offline: torch.Tensor) -> None:
+    """TEXT read side by side from four places on; two of the four stop on the way."""
+    opened = [0, 1, 2, 40]
+    with torch.inference_mode():
+        for row, length in enumerate(opened):
+            assert torch.equal(online.open(row, TEXT[:length]), offline[: length + 1]), f"prompt of {length} bytes"
+        for step in range(len(TEXT) - 2):
+            if step == len(TEXT) - 40:
+                online.keep([2, 0])
+                opened = [2, 0]
+            places = [length + step for length in opened]
+            expected = [bool(offline[place + 1]) for place in places]
+            assert online.step([TEXT[place] + BYTE_OFFSET for place in places]) == expected, f"at bytes {places}"
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -67,15 +92,28 @@ def test_online_patches_are_the_offline_patches(language_model: Build, name: str
     if rule.kind == "entropy":
         rule = in_a_gap(entropies, rule)
     offline = document_patch_starts(TEXT, entropies if rule.needs_entropies else None, rule)
-    online = OnlinePatches(rule, entropy_model, reset)
-    with torch.inference_mode():
-        for i in range(len(TEXT) + 1):
-            assert torch.equal(online.starts(), offline[: i + 1]), f"after {i} bytes"
-            lengths = online.lengths()
-            assert int(lengths[0]) == 1
-            assert int(lengths.sum()) == i + 2
-            online.feed(TEXT[i : i + 1])
+    assert_online_starts(OnlinePatches(rule, entropy_model, reset, 4), offline)
     assert 0 < int(offline.sum()) <= len(TEXT) + 1
+
+
+QUANTIZED_RULES = {
+    "entropy": PatchRule(threshold=163 / 32, quantized=True),
+    "monotonic": PatchRule(threshold=0.0, monotonic=True, quantized=True, max_patch_length=4),
+    "threshold_add": PatchRule(threshold=162 / 32, threshold_add=1 / 32, quantized=True),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED_RULES)
+def test_online_patches_of_a_quantized_rule(language_model: Build, name: str) -> None:
+    entropy_model, rule = language_model().entropy_model, QUANTIZED_RULES[name]
+    assert entropy_model is not None
+    (entropies,) = document_entropies(entropy_model, [TEXT])
+    steps = entropies * ENTROPY_STEPS_PER_NAT
+    # The tolerance of streamed entropies must decide nothing: closer to a step it rounds to either side.
+    assert (steps - steps.round()).abs().min() > 1e-4 * ENTROPY_STEPS_PER_NAT
+    offline = document_patch_starts(TEXT, stored_entropies(quantize_entropies(entropies)), rule)
+    assert_online_starts(OnlinePatches(rule, entropy_model, False, 4), offline)
+    assert 10 < int(offline.sum()) < len(TEXT) - 10
 
 
 def naive_greedy(lm: LanguageModel, prompt: bytes, count: int) -> bytes:
@@ -129,13 +167,20 @@ def test_stream_joins_to_generate_one_byte_at_a_time(language_model: Build) -> N
 
 
 class Scripted:
-    """Stands for a decoder whose next bytes are known."""
+    """Stands for a decoder whose next bytes are known: each answer is the continuation of one prompt."""
 
-    def __init__(self, answer: bytes, ends: bool = False) -> None:
-        self.ids = [byte + BYTE_OFFSET for byte in answer] + [EOS] * ends
+    def __init__(self, answers: list[bytes], ends: bool = False) -> None:
+        self.ids = [[byte + BYTE_OFFSET for byte in answer] + [EOS] * ends for answer in answers]
 
-    def feed(self, new: bytes) -> torch.Tensor:
-        return torch.nn.functional.one_hot(torch.tensor(self.ids.pop(0)), VOCABULARY_SIZE).float()
+    def open(self, prompts: list[bytes]) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor([ids.pop(0) for ids in self.ids]), VOCABULARY_SIZE).float()
+
+    def step(self, ids: list[int]) -> torch.Tensor:
+        assert len(ids) == len(self.ids)
+        return self.open([])
+
+    def keep(self, documents: list[int]) -> None:
+        self.ids = [self.ids[document] for document in documents]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +198,7 @@ class Scripted:
 def test_stop_strings_end_the_output_and_are_not_part_of_it(
     language_model: Build, monkeypatch: pytest.MonkeyPatch, answer: bytes, stop: bytes | list[bytes], expected: bytes
 ) -> None:
-    monkeypatch.setattr("blt.generation.PrefixDecoder", lambda lm: Scripted(answer))
+    monkeypatch.setattr("blt.generation.Decoder", lambda lm, num_documents: Scripted([answer] * num_documents))
     lm = language_model()
     assert generate(lm, b"", max_new_bytes=len(answer), stop=stop) == expected
     pieces = list(stream(lm, b"", max_new_bytes=len(answer), stop=stop))
@@ -162,8 +207,10 @@ def test_stop_strings_end_the_output_and_are_not_part_of_it(
 
 
 def test_eos_ends_the_output(language_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blt.generation.PrefixDecoder", lambda lm: Scripted(b"end", ends=True))
+    answers = [b"end", b"", b"a longer end", b"stopped"]
+    monkeypatch.setattr("blt.generation.Decoder", lambda lm, num: Scripted(answers[:num], ends=True))
     assert generate(language_model(), b"", max_new_bytes=99, stop=[b"dx"]) == b"end"
+    assert generate(language_model(), [b""] * 4, max_new_bytes=99, stop=[b"dx", b"ed"]) == [*answers[:3], b"stopp"]
 
 
 def test_specials_but_eos_are_never_chosen() -> None:
@@ -172,14 +219,14 @@ def test_specials_but_eos_are_never_chosen() -> None:
     logits[EOS] = 1.0
     for temperature in (0.0, 1.0, 100.0):
         sampling = Sampling(temperature=temperature, seed=0)
-        assert next_id(logits.clone(), sampling, sampling.generator()) in {EOS, *range(BYTE_OFFSET, VOCABULARY_SIZE)}
-    assert next_id(logits, Sampling(), Sampling(seed=0).generator()) == EOS
+        (chosen,) = next_ids(logits[None], sampling, [sampling.generator()])
+        assert chosen in {EOS, *range(BYTE_OFFSET, VOCABULARY_SIZE)}
+    assert next_ids(logits[None], Sampling(), [Sampling(seed=0).generator()]) == [EOS]
 
 
 def draws(sampling: Sampling, logits: torch.Tensor, count: int = 1500) -> torch.Tensor:
-    generator = sampling.generator()
-    chosen = [next_id(logits, sampling, generator) - BYTE_OFFSET for _ in range(count)]
-    return torch.bincount(torch.tensor(chosen), minlength=4).double() / count
+    chosen = next_ids(logits.expand(count, -1), sampling, [sampling.generator()] * count)
+    return torch.bincount(torch.tensor(chosen) - BYTE_OFFSET, minlength=4).double() / count
 
 
 def test_sampling_follows_the_softmax_cut_by_top_k_and_top_p() -> None:
@@ -206,8 +253,9 @@ def test_sampling_follows_the_softmax_cut_by_top_k_and_top_p() -> None:
 
 def test_decoding_leaves_the_model_trainable(language_model: Build) -> None:
     lm = language_model()
-    logits = PrefixDecoder(lm).feed(b"abc")
-    assert not logits.requires_grad
+    decoder = Decoder(lm, 1)
+    decoder.open([b"abc"])
+    assert not decoder.step([70]).requires_grad
     ids = torch.tensor([[BOS, 70, 71]])
     lm.model(ids, torch.ones(1, 4, dtype=torch.int64)).sum().backward()
     assert all(p.grad is not None for p in lm.model.local_decoder.blocks.parameters())

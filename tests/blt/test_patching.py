@@ -1,6 +1,8 @@
 """Patch rules: golden vectors, a per-byte oracle written from the rules' definition, properties, and refused input."""
 
 import json
+import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +16,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blt.errors import ConfigError
-from blt.patching import Kind, PatchRule, document_patch_starts, patch_lengths, patch_starts, starts_to_lengths
+from blt.patching import (
+    ENTROPY_STEPS_PER_NAT,
+    Kind,
+    PatchRule,
+    document_patch_starts,
+    patch_lengths,
+    patch_starts,
+    quantize_entropies,
+    starts_to_lengths,
+    stored_entropies,
+)
 from blt.vocabulary import BOS, EOS, encode
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -88,6 +100,9 @@ def is_space_like(byte_id: int) -> bool:
 def oracle_lengths(ids: list[int], entropies: np.ndarray, rule: PatchRule, include_next: bool) -> list[int]:
     if not ids:
         return []
+    if rule.quantized:
+        steps = [min(max(math.ceil(float(entropy) * 32), 0), 255) for entropy in entropies]
+        entropies = np.array(steps, dtype=np.float32) / np.float32(32)
     num_positions = len(ids) + include_next
     starts = {0, 1}
     if rule.kind == "byte":
@@ -134,6 +149,7 @@ def rules(draw: st.DrawFn) -> PatchRule:
         monotonic=draw(st.booleans()),
         patch_size=patch_size,
         max_patch_length=draw(st.one_of(st.none(), st.integers(1, 12))),
+        quantized=draw(st.booleans()),
     )
 
 
@@ -206,6 +222,67 @@ def test_document_starts_are_those_of_a_row_after_bos(document: bytes, data: st.
     assert torch.equal(lengths, expected[1:])
 
 
+# Entropies at, next to and between the steps that are stored, up to the most that 260 ids can have.
+STEPS = st.integers(0, 178)
+NEAR_A_STEP = st.builds(
+    lambda step, toward: float(np.nextafter(np.float32(step / 32), np.float32(toward))),
+    STEPS,
+    st.sampled_from([0.0, 10.0]),
+)
+NATS_NEAR_STEPS = st.one_of(STEPS.map(lambda step: step / 32), NEAR_A_STEP, st.floats(0, 5.5, width=32))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(NATS_NEAR_STEPS, min_size=3, max_size=60), st.integers(0, 178))
+def test_a_plain_threshold_on_a_step_decides_as_without_quantization(nats: list[float], step: int) -> None:
+    document, entropies = b"x" * (len(nats) - 1), torch.tensor(nats)
+    plain = PatchRule(threshold=step / ENTROPY_STEPS_PER_NAT)
+    expected = document_patch_starts(document, entropies, plain)
+    assert torch.equal(document_patch_starts(document, entropies, replace(plain, quantized=True)), expected)
+
+
+STORED_RULES = [
+    PatchRule(threshold=1.4, quantized=True),
+    PatchRule(threshold=0.1, monotonic=True, quantized=True),
+    PatchRule(threshold=0.0, monotonic=True, quantized=True, max_patch_length=3),
+    PatchRule(threshold=1.0, threshold_add=0.03125, quantized=True),
+    PatchRule(kind="top_k", patch_size=3.5, quantized=True),
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(NATS_NEAR_STEPS, min_size=1, max_size=60), st.sampled_from(STORED_RULES), st.sampled_from([*DTYPES]))
+def test_stored_entropies_give_the_patches_of_the_original_ones(
+    nats: list[float], rule: PatchRule, dtype: torch.dtype
+) -> None:
+    document, entropies = b"x" * (len(nats) - 1), torch.tensor(nats, dtype=dtype)
+    stored = quantize_entropies(entropies)
+    assert stored.tolist() == [math.ceil(32 * value) for value in entropies.tolist()]
+    assert (stored.dtype, stored_entropies(stored).dtype) == (torch.uint8, torch.float32)
+    again = stored_entropies(bytes(stored.tolist()))
+    assert torch.equal(again, stored_entropies(stored))
+    assert torch.equal(quantize_entropies(again), stored)
+    expected = document_patch_starts(document, entropies, rule)
+    assert torch.equal(document_patch_starts(document, again, rule), expected)
+
+
+def test_quantization_changes_which_rises_pass() -> None:
+    entropies = torch.tensor([0.5, 0.5, 0.51, 0.52, 0.535])
+    rule = PatchRule(threshold=0.012, monotonic=True)
+    assert document_patch_starts(b"xxxx", entropies, rule).tolist() == [True, True, False, False, True]
+    quantized = replace(rule, quantized=True)
+    assert document_patch_starts(b"xxxx", entropies, quantized).tolist() == [True, True, True, False, True]
+
+
+def test_entropies_that_cannot_be_stored() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        quantize_entropies(torch.tensor([1.0, torch.nan]))
+    with pytest.raises(ValueError, match="NaN"):
+        document_patch_starts(b"xx", torch.tensor([1.0, 1.0, torch.nan]), PatchRule(quantized=True))
+    assert quantize_entropies(torch.tensor([-1e-7, 0.0])).tolist() == [0, 0]
+    assert stored_entropies(b"").shape == (0,)
+
+
 EDGE_DOCUMENTS = [b"", b"x", b"\x80", b"\xff\xfe\x80\xc0", b" " * 20, b"a" * 600, "naïve café, 北京\n".encode()]
 
 
@@ -272,6 +349,7 @@ class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
         PatchRule(kind="fixed", patch_size=4),
         PatchRule(kind="byte"),
         PatchRule(kind="top_k", patch_size=4.5),
+        PatchRule(threshold=0.1, monotonic=True, quantized=True),
     ],
     ids=lambda rule: rule.kind,
 )

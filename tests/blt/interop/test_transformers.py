@@ -17,7 +17,7 @@ from blt.entropy_model import document_entropies
 from blt.errors import CheckpointError, ConfigError
 from blt.interop import from_transformers, to_transformers
 from blt.model import BLT
-from blt.patching import PatchRule, patch_lengths
+from blt.patching import PatchRule, document_patch_starts, patch_lengths
 from blt.vocabulary import BOS, encode
 
 Build = Callable[..., LanguageModel]
@@ -152,6 +152,21 @@ def test_patching_it_cannot_follow_needs_leave(
     to_transformers(lm, tmp_path, lossy_patching=True)
     back = from_transformers(tmp_path)
     assert (back.patch_rule, back.reset_on_newline) == (lm.patch_rule, lm.reset_on_newline)
+
+
+@pytest.mark.parametrize(("threshold", "written"), [(5.21875, 5.21875), (5.21, 5.1875), (-0.01, -0.03125)])
+def test_a_quantized_threshold_is_written_as_the_step_that_decides(
+    language_model: Build, tmp_path: Path, threshold: float, written: float
+) -> None:
+    rule = PatchRule(threshold=threshold, quantized=True)
+    lm = replace(language_model(), patch_rule=rule)
+    to_transformers(lm, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["patching_threshold"] == written
+    assert from_transformers(tmp_path).patch_rule == rule
+    assert lm.entropy_model is not None
+    (entropies,) = document_entropies(lm.entropy_model, [TEXT])
+    plain = PatchRule(threshold=written)
+    assert torch.equal(document_patch_starts(TEXT, entropies, plain), document_patch_starts(TEXT, entropies, rule))
 
 
 def test_models_it_does_not_compute_are_refused(language_model: Build, tmp_path: Path) -> None:
