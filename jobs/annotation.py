@@ -54,7 +54,9 @@ def expected(annotation: object) -> str:
 def _expected_member(member: object) -> str:
     elements = elements_of(member)
     if elements is not None and elements[-1] is ...:
-        return f"a list of {_PLURALS.get(elements[0], expected(elements[0]))}"
+        section = dataclass_of(elements[0])
+        keys = f"sections (keys: {', '.join(field_types(section))})" if section is not None else None
+        return f"a list of {keys or _PLURALS.get(elements[0], expected(elements[0]))}"
     if elements is not None:
         return f"a list of {len(elements)} ({', '.join(map(expected, elements))})"
     if get_origin(member) is Literal:
@@ -77,6 +79,6 @@ def _short_member(member: object) -> str:
         return f"[{', '.join('...' if e is ... else type_name(e) for e in elements)}]"
     if get_origin(member) is Literal:
         return " | ".join(v if isinstance(v, str) else json.dumps(v) for v in get_args(member))
-    if get_origin(member) is dict:
+    if get_origin(member) is dict or dataclass_of(member) is not None:
         return "section"
     return _NAMES.get(member, getattr(member, "__name__", str(member))).removeprefix("an ").removeprefix("a ")

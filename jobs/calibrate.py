@@ -1,6 +1,7 @@
 """Find the entropy threshold that gives a target mean patch size, on a sample of the training documents.
 
-Writes calibration.json, which `blt patch calibration=...` takes the threshold from, with a table of other thresholds.
+Writes calibration.json, which `blt patch calibration=...` takes the threshold from, with a table of other
+thresholds, for all sources together and for each.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from jobs.progress import progress
 from jobs.ray_session import ray_session
 from jobs.record import JobResult, run_once
 from pipelines.manifest import read_manifest
+from pipelines.model_files import local_model
 from pipelines.patch.calibrate import CalibrateConfig, calibrate
 from pipelines.patch.calibration import Calibration, write_calibration
 
@@ -30,7 +32,8 @@ class Config(CalibrateConfig):
 def run(config: Config) -> JobResult:
     """Calibrate into `config.output` unless that is done."""
     documents = read_manifest(config.documents)
-    inputs = f"documents={documents.fingerprint} entropy_model={entropy_model_fingerprint(config.entropy_model)}"
+    model = entropy_model_fingerprint(local_model(config.entropy_model))
+    inputs = f"documents={documents.fingerprint} entropy_model={model}"
 
     def work() -> JobResult:
         total = min(config.sample_bytes, sum(shard.bytes for shard in documents.split("train")))

@@ -1,7 +1,7 @@
 """The command line: `blt COMMAND --config FILE key.sub=value ...`, the same as `python -m jobs COMMAND ...`.
 
 Standard output ends with one line of JSON, the command's result; progress and logs go to standard error. The exit
-status is 0 for done, 1 for failed, 2 for a bad command line or configuration, 130 for Ctrl-C.
+status is 0 for done, 1 for failed or incomplete, 2 for a bad command line or configuration, 130 for Ctrl-C.
 """
 
 import argparse
@@ -10,14 +10,18 @@ import importlib
 import importlib.metadata
 import json
 import logging
+import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 from blt.errors import ConfigError
+from jobs.action import Action
+from jobs.annotation import field_types
 from jobs.configuration import PACKAGED_CONFIGS, find_config, load_config
 from jobs.failure import exit_status, mendable, message
 from jobs.help import command_help, overview
@@ -27,6 +31,9 @@ from jobs.record import JobResult
 logger = logging.getLogger(__name__)
 
 INTERRUPTED = 130
+
+_SETTING = re.compile(r"[A-Za-z_][\w.-]*=")
+"""How a setting begins; a directory with such a name can be given as ./NAME."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,9 @@ COMMANDS: dict[str, Command] = {
     "train": Command("jobs.train", "train a Byte Latent Transformer on a patch dataset"),
     "eval": Command("jobs.evaluate", "bits per byte of a model on held-out documents, beside gzip and xz"),
     "generate": Command("jobs.generate", "continue a prompt with a trained model"),
+    "import": Command("jobs.import_weights", "published weights, of the reference or transformers, as a model of ours"),
+    "export": Command("jobs.export_weights", "a model as a directory that transformers loads, with a model card"),
+    "bench patch": Command("jobs.bench_patch", "measure patching, its files and their reader; one line of JSON"),
     "report": Command("jobs.report", "one self-contained HTML page about a run"),
 }
 
@@ -61,34 +71,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[0] == "--version":
             print(f"blt-ray {importlib.metadata.version('blt-ray')}")
             return 0
-        command = _command(given[0])
-        program = f"blt {given[0]}"
-        return _run(given[0], command, given[1:])
+        name, rest = _split(given)
+        program = f"blt {name}"
+        return _run(name, rest)
     except ConfigError as error:
         return _fail(program, message(error), exit_status(error))
     except KeyboardInterrupt:
         return _fail(program, "interrupted", INTERRUPTED)
 
 
-def _command(name: str) -> Command:
-    if name in COMMANDS:
-        return COMMANDS[name]
+def _split(given: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The command, of one word or two, and what follows it."""
+    for num_words in (2, 1):
+        name = " ".join(given[:num_words])
+        if name in COMMANDS:
+            return name, given[num_words:]
+    name = given[0]
     close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
     hint = f'; did you mean "{close[0]}"?' if close else ""
     raise ConfigError(f'"{name}" is not a command{hint} (commands: {", ".join(COMMANDS)})')
 
 
-def _run(name: str, command: Command, arguments: Sequence[str]) -> int:
-    options = _parser(name).parse_intermixed_args(arguments)
-    module = importlib.import_module(command.module)
+def _run(name: str, arguments: Sequence[str]) -> int:
+    module = importlib.import_module(COMMANDS[name].module)
+    actions: Mapping[str, Action] = getattr(module, "ACTIONS", {})
+    own_options = _own_options(module)
+    flags = {option for option, key in own_options.items() if field_types(module.Config).get(key) is bool}
+    options = _parser(name, actions, own_options, flags).parse_intermixed_args(arguments)
     packaged = PACKAGED_CONFIGS / f"{name}.yaml"
     file = find_config(options.config) if options.config else packaged if packaged.is_file() else None
     if options.help:
-        print(command_help(name, module, file))
+        print(command_help(name, module, file, actions, own_options, flags))
         return 0
+    given = {key: getattr(options, f"option.{key}") for key in own_options.values()}
+    settings = _with_places(options.settings, getattr(module, "POSITIONAL", ()))
+    settings += [f"{key}={value}" for key, value in given.items() if value is not None]
     with log_to(options.log_file, verbose=options.verbose):
-        run: Callable[[object], JobResult] = module.run
-        return _outcome(f"blt {name}", lambda: run(load_config(module.Config, file, options.settings)))
+        run: Callable[[object], JobResult] = actions[options.action].run if options.action else module.run
+        return _outcome(f"blt {name}", lambda: run(load_config(module.Config, file, settings)))
+
+
+def _own_options(module: ModuleType) -> Mapping[str, str]:
+    """The module's OPTIONS by name without dashes: key of each. OPTIONS is such a mapping, or the keys alone."""
+    given: Mapping[str, str] | Sequence[str] = getattr(module, "OPTIONS", ())
+    return given if isinstance(given, Mapping) else {key.replace("_", "-"): key for key in given}
+
+
+def _with_places(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """The settings, with those that are no KEY=VALUE given to `keys` in their order. ConfigError for one too many."""
+    settings, left = [], list(keys)
+    for argument in arguments:
+        if _SETTING.match(argument) or not keys:
+            settings.append(argument)
+        elif left:
+            settings.append(f"{left.pop(0)}={argument}")
+        else:
+            raise ConfigError(
+                f'command line: "{argument}" is one argument too many (accepted: {", ".join(keys).upper()})'
+            )
+    return settings
 
 
 def _outcome(program: str, work: Callable[[], JobResult]) -> int:
@@ -108,7 +149,7 @@ def _outcome(program: str, work: Callable[[], JobResult]) -> int:
         return _fail(program, message(cause), exit_status(cause))
     sys.stderr.flush()
     print(result.to_json(), flush=True)
-    return 0
+    return 1 if result.status == "incomplete" else 0
 
 
 def _fail(program: str, reason: str, status: int) -> int:
@@ -128,11 +169,21 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def _parser(name: str) -> _Parser:
+def _parser(name: str, actions: Collection[str], own_options: Mapping[str, str], flags: Container[str]) -> _Parser:
     parser = _Parser(prog=f"blt {name}", add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--log-file", type=Path)
     parser.add_argument("-h", "--help", action="store_true")
+    parser.set_defaults(action=None)
+    if actions:
+        chosen = parser.add_mutually_exclusive_group()
+        for action in actions:
+            chosen.add_argument(f"--{action}", dest="action", action="store_const", const=action)
+    for option, key in own_options.items():
+        if option in flags:
+            parser.add_argument(f"--{option}", dest=f"option.{key}", action="store_const", const="true")
+        else:
+            parser.add_argument(f"--{option}", dest=f"option.{key}")
     parser.add_argument("settings", nargs="*")
     return parser

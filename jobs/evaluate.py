@@ -23,6 +23,7 @@ NOT_IN_OUTPUT = (
     "max_actors",
     "cpus_per_actor",
     "gpus_per_actor",
+    "memory_bytes_per_actor",
     "wait_for_resources",
     "stall_seconds",
 )

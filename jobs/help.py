@@ -3,10 +3,11 @@
 import inspect
 import shutil
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from types import ModuleType
 
+from jobs.action import Action
 from jobs.configuration import packaged_configs, read_config_file
 from jobs.settings import Setting, describe
 
@@ -39,17 +40,29 @@ def overview(commands: Mapping[str, str]) -> str:
     )
 
 
-def command_help(name: str, module: ModuleType, file: Path | None) -> str:
+def command_help(
+    name: str,
+    module: ModuleType,
+    file: Path | None,
+    actions: Mapping[str, Action],
+    options: Mapping[str, str],
+    flags: Container[str],
+) -> str:
     """The text of `blt COMMAND --help`: what it does and every setting, with its default from `file` or the code."""
+    shown = {f"--{action}": actions[action].summary for action in actions}
+    for option, key in options.items():
+        value = "" if option in flags else " VALUE"
+        shown[f"--{option}{value}"] = f"the same as {key}={value.strip() or 'true'}"
+    places = "".join(f" {key.upper()}" for key in getattr(module, "POSITIONAL", ()))
     settings = describe(module.Config, None if file is None else read_config_file(file))
     source = "" if file is None else f", with the defaults of {file}"
     lines = [
-        f"usage: blt {name} [--config FILE] [KEY=VALUE ...]",
+        f"usage: blt {name}{places} [--config FILE] [KEY=VALUE ...]",
         "",
         *_paragraphs(inspect.getdoc(module) or ""),
         "",
         "options:",
-        *_columns(_OPTIONS),
+        *_columns(shown | _OPTIONS),
         "",
         f"settings{source}:",
     ]

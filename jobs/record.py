@@ -1,15 +1,14 @@
 """What a command did: its result, and the record in its output directory that lets it skip done work.
 
-OUTPUT/job.json holds the resolved configuration, the fingerprint of configuration and inputs, and the result. It is
-written last and at once, so it is there exactly when the output is complete.
+OUTPUT is a local directory or lies on S3. Its job.json holds the resolved configuration, the fingerprint of
+configuration and inputs, and the result. It is written last and at once, so it is there exactly when the output is
+complete.
 """
 
 import dataclasses
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from blt.errors import ConfigError, DataError
 from jobs.configuration import to_plain
+from pipelines.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ _RECORD_VERSION = 1
 class JobResult:
     """What a command reports in the last line of its output. `seconds` is what the work took when it was done."""
 
-    status: Literal["done", "skipped"] = "done"
+    status: Literal["done", "skipped", "incomplete"] = "done"
+    """Incomplete: a part of the work was asked for, or a check failed; never recorded."""
     seconds: float = 0.0
     path: str | None = None
     documents: int | None = None
@@ -37,7 +38,7 @@ class JobResult:
     mean_patch_bytes: float | None = None
     threshold: float | None = None
     bpb: float | None = None
-    figures: Mapping[str, float | str] = dataclasses.field(default_factory=dict)
+    figures: Mapping[str, float | str | None] = dataclasses.field(default_factory=dict)
     """Further figures by name; in the JSON they stand beside the others."""
 
     def __post_init__(self) -> None:
@@ -92,7 +93,8 @@ def run_once(
     `config` is the command's dataclass; `ignore` names its dotted keys that have no say in the output (`output` itself,
     paths whose content `inputs_fingerprint` covers, resources). The same configuration and inputs give the recorded
     result with status "skipped"; others give a ConfigError that names what differs. An output without a record is
-    unfinished and `work` goes on with it. The record keeps the whole configuration.
+    unfinished and `work` goes on with it. The record keeps the whole configuration; a result with status "incomplete"
+    is not recorded, so that the next run goes on.
     """
     plain = to_plain(config)
     found = read_record(output)
@@ -106,15 +108,17 @@ def run_once(
         return dataclasses.replace(found.result, status="skipped", path=str(output))
     started = time.monotonic()
     result = dataclasses.replace(work(), seconds=round(time.monotonic() - started, 3), path=str(output))
-    write_record(output, plain, inputs_fingerprint, result)
+    if result.status != "incomplete":
+        write_record(output, plain, inputs_fingerprint, result)
     return result
 
 
 def read_record(output: str | Path) -> JobRecord | None:
     """The record in the directory, None if there is none. DataError if it cannot be read as one."""
-    file = Path(output) / RECORD_NAME
+    storage = Storage(str(output))
+    file = storage.url(RECORD_NAME)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(storage.read_bytes(RECORD_NAME))
         if values["version"] != _RECORD_VERSION:
             raise DataError(f"{file}: has version {values['version']}, this version of blt reads {_RECORD_VERSION}")
         return JobRecord(
@@ -130,7 +134,7 @@ def read_record(output: str | Path) -> JobRecord | None:
 
 
 def write_record(output: str | Path, config: Mapping[str, Any], inputs_fingerprint: str, result: JobResult) -> None:
-    """Writes OUTPUT/job.json under a temporary name first, so that a reader finds it whole or not at all."""
+    """Writes OUTPUT/job.json; a reader finds it whole or not at all."""
     record = {
         "version": _RECORD_VERSION,
         "fingerprint": fingerprint(config, inputs_fingerprint),
@@ -138,20 +142,8 @@ def write_record(output: str | Path, config: Mapping[str, Any], inputs_fingerpri
         "config": config,
         "result": result.to_plain(),
     }
-    directory = Path(output)
-    directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=directory, prefix=f".{RECORD_NAME}.", delete=False
-    ) as temporary:
-        try:
-            temporary.write(text)
-            temporary.flush()
-            os.fsync(temporary.fileno())
-            os.replace(temporary.name, directory / RECORD_NAME)
-        except BaseException:
-            os.unlink(temporary.name)
-            raise
+    Storage(str(output)).write_replace(RECORD_NAME, text.encode())
 
 
 def _differences(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from jobs.report_axis import Axis, Tick, exact_axis, round_axis
 from jobs.report_patches import PatchLengths
-from pipelines.patch.calibration import Calibration
 
 WIDTH, HEIGHT = 480, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 20, 14, 42
@@ -19,10 +18,11 @@ _MAX_POINTS = 400
 """Points of a line; more are averaged in groups, which is all that a canvas of this width can show."""
 _START = 0.03
 """Share of a training whose steep fall does not set the scale."""
-_MOST_OVER_CHOSEN = 4
-"""Mean patch sizes above this many times the chosen one do not set the scale."""
 _HISTOGRAM_SHARE = 0.995
 _MOST_BARS, _FEWEST_BARS = 32, 8
+
+STYLES = ("first", "second", "third", "fourth", "fifth", "sixth")
+"""Classes of lines that the style sheet knows, each with a colour of its own."""
 
 Point = tuple[float, float]
 
@@ -34,7 +34,7 @@ class Series:
     name: str
     points: tuple[Point, ...]
     style: str
-    """Class that the style sheet knows: "first", "second" or "reference"."""
+    """One of STYLES."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,21 +142,6 @@ def training_charts(name: str, records: Sequence[Mapping[str, float]], reference
         title = f"{name}: {name_of_key}"
         charts.append(line_chart(title, [train, valid], "step", y_label, most=most, references=shown))
     return [chart for chart in charts if chart is not None]
-
-
-def calibration_chart(calibration: Calibration) -> Chart | None:
-    """Mean patch size over the threshold, with the chosen threshold marked."""
-    points = tuple((row.threshold, row.mean_patch_bytes) for row in calibration.table)
-    series = Series(name="mean patch", points=points, style="first")
-    chosen = (calibration.threshold, calibration.mean_patch_bytes)
-    return line_chart(
-        "Threshold and mean patch size",
-        [series],
-        "threshold (nats)",
-        "bytes per patch",
-        most=_MOST_OVER_CHOSEN * calibration.mean_patch_bytes,
-        marked=chosen,
-    )
 
 
 def histogram(lengths: PatchLengths) -> Chart | None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import jinja2
 import yaml
 
-from jobs.report_chart import Chart, calibration_chart, histogram, training_charts
+from jobs.report_calibration import all_rows, calibration_charts, chosen_rows, drawn_sources
+from jobs.report_chart import Chart, histogram, training_charts
 from jobs.report_passage import COLUMN_WIDTH, CURVE_HEIGHT, Layout, lay_out
 from jobs.report_patches import Passage, PatchLengths
 from jobs.report_run import COMMANDS, Run
@@ -69,7 +70,11 @@ def render(run: Run, title: str, view: PatchView | None, left_out: Sequence[str]
             threshold=threshold,
             histogram=histogram(view.lengths) if view is not None else None,
             trainings=_trainings(run),
-            calibration=calibration_chart(run.calibration) if run.calibration is not None else None,
+            calibration=run.calibration,
+            calibration_charts=calibration_charts(run.calibration) if run.calibration is not None else [],
+            drawn_sources=drawn_sources(run.calibration) if run.calibration is not None else [],
+            chosen_rows=chosen_rows(run.calibration) if run.calibration is not None else [],
+            threshold_rows=all_rows(run.calibration) if run.calibration is not None else [],
             sources=_sources(run),
             left_out=left_out,
             column_width=COLUMN_WIDTH,

@@ -143,8 +143,8 @@ def _dataset_rows(run: Run) -> Iterator[Row]:
     yield Row(label="Documents", value=f"{dataset.documents:,}", note=note)
     note = f"{sum(shard.bytes for shard in held_out):,} held out" if held_out else ""
     yield Row(label="Bytes", value=f"{dataset.bytes:,}", note=note)
-    if lost := sum(count.quarantined + count.filtered for count in dataset.counts.values()):
-        yield Row(label="Rows left out", value=f"{lost:,}", note="quarantined or filtered")
+    if lost := sum(count.quarantined + count.filtered + count.duplicates for count in dataset.counts.values()):
+        yield Row(label="Rows left out", value=f"{lost:,}", note="quarantined, filtered or duplicates")
 
 
 def _patch_rows(run: Run) -> Iterator[Row]:

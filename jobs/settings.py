@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jobs.annotation import dataclass_of, field_types, type_name
+from jobs.annotation import dataclass_of, field_types, sequence_of, type_name
 from jobs.configuration import to_plain
 
 _NOT_GIVEN: Any = object()
@@ -20,7 +20,7 @@ _NOT_GIVEN: Any = object()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One key. A section has the type "section", and its keys follow it."""
+    """One key. A section has the type "section", and its keys follow it; those of a list's sections as LIST[].KEY."""
 
     key: str
     type: str
@@ -43,6 +43,8 @@ def _settings(cls: type, values: Mapping[str, Any], default: Any, prefix: str) -
         shown = _shown(inner if given is _NOT_GIVEN else given)
         if section is None:
             yield Setting(key=prefix + name, type=type_name(annotation), default=shown, doc=docs.get(name, ""))
+            if (element := _element_section(annotation)) is not None:
+                yield from _settings(element, {}, _NOT_GIVEN, f"{prefix}{name}[].")
             continue
         shown = shown if shown in ("null", "required") else ""
         doc = docs.get(name) or _one_line(inspect.getdoc(section) or "")
@@ -51,6 +53,12 @@ def _settings(cls: type, values: Mapping[str, Any], default: Any, prefix: str) -
         yield from _settings(
             section, nested, inner if dataclasses.is_dataclass(inner) else _NOT_GIVEN, f"{prefix}{name}."
         )
+
+
+def _element_section(annotation: object) -> type | None:
+    """The dataclass of which the annotation is a list of any length; None for another annotation."""
+    elements = sequence_of(annotation)
+    return dataclass_of(elements[0]) if elements and elements[-1] is ... else None
 
 
 def _default(field: "dataclasses.Field[Any]", section: Any) -> Any:

@@ -28,6 +28,8 @@ class ShardEntry:
     path: str
     """Relative to the root of the dataset."""
     split: Split
+    source: str
+    """The one source that its documents come from."""
     documents: int
     bytes: int
     """Text bytes, uncompressed."""
@@ -39,17 +41,21 @@ class ShardEntry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceCounts:
-    """What became of the rows of one source: rows_in = rows_out + quarantined + filtered, or DataError."""
+    """What became of the rows of one source: rows_in = rows_out + quarantined + filtered + duplicates, or DataError."""
 
     rows_in: int
     rows_out: int
     quarantined: int
     filtered: int
+    """Shorter or longer than asked for."""
+    duplicates: int = 0
+    """Equal, byte for byte, to a document that stays."""
     bytes: int
     """Text bytes of rows_out."""
 
     def __post_init__(self) -> None:
-        if self.rows_in != self.rows_out + self.quarantined + self.filtered or min(dataclasses.astuple(self)) < 0:
+        accounted = self.rows_out + self.quarantined + self.filtered + self.duplicates
+        if self.rows_in != accounted or min(dataclasses.astuple(self)) < 0:
             raise DataError(f"rows do not reconcile: {self}")
 
     def __add__(self, other: Self) -> Self:
@@ -58,6 +64,7 @@ class SourceCounts:
             rows_out=self.rows_out + other.rows_out,
             quarantined=self.quarantined + other.quarantined,
             filtered=self.filtered + other.filtered,
+            duplicates=self.duplicates + other.duplicates,
             bytes=self.bytes + other.bytes,
         )
 
@@ -84,16 +91,26 @@ class Manifest:
     shards: tuple[ShardEntry, ...]
     counts: dict[str, SourceCounts]
     patching: Patching | None = None
+    entropies: bool = False
+    """Whether the files hold the column `entropies`."""
 
     def __post_init__(self) -> None:
-        rows, text_bytes = sum(c.rows_out for c in self.counts.values()), sum(c.bytes for c in self.counts.values())
-        if (self.documents, self.bytes) != (rows, text_bytes):
-            raise DataError(
-                f"manifest does not reconcile: its shards hold {self.documents} documents of {self.bytes} bytes, "
-                f"its sources {rows} of {text_bytes}"
-            )
+        for source in sorted({shard.source for shard in self.shards} | self.counts.keys()):
+            self._reconcile(source)
         if (self.kind == "patches") != (self.patching is not None):
             raise DataError(f"manifest of kind {self.kind!r} with patching {self.patching}")
+
+    def _reconcile(self, source: str) -> None:
+        """DataError if the shards of a source do not hold what its counts say."""
+        shards = [shard for shard in self.shards if shard.source == source]
+        held = sum(shard.documents for shard in shards), sum(shard.bytes for shard in shards)
+        counts = self.counts.get(source)
+        counted = (counts.rows_out, counts.bytes) if counts else (0, 0)
+        if held != counted:
+            raise DataError(
+                f"manifest does not reconcile: the shards of source {source!r} hold {held[0]} documents of {held[1]} "
+                f"bytes, its counts say {counted[0]} of {counted[1]}"
+            )
 
     @property
     def documents(self) -> int:
@@ -113,6 +130,10 @@ class Manifest:
         return tuple(shard for shard in self.shards if shard.split == name)
 
 
+class _Version(msgspec.Struct):
+    schema_version: int
+
+
 def read_manifest(root: str) -> Manifest:
     """The manifest of the dataset at `root`; DataError, naming the file, if it is missing, broken or of another
     schema version.
@@ -120,15 +141,16 @@ def read_manifest(root: str) -> Manifest:
     storage = Storage(root)
     url = storage.url(MANIFEST_PATH)
     try:
-        manifest = msgspec.json.decode(storage.read_bytes(MANIFEST_PATH), type=Manifest)
+        data = storage.read_bytes(MANIFEST_PATH)
+        version = msgspec.json.decode(data, type=_Version).schema_version
+        manifest = msgspec.json.decode(data, type=Manifest) if version == SCHEMA_VERSION else None
     except FileNotFoundError as error:
         raise DataError(f"{root} is not a finished dataset: {url} does not exist") from error
     except (ValueError, OSError) as error:
         raise DataError(f"cannot read {url}: {error}") from error
-    if manifest.schema_version != SCHEMA_VERSION:
+    if manifest is None:
         raise DataError(
-            f"{url} has schema version {manifest.schema_version}; this release reads {SCHEMA_VERSION}: "
-            "make the dataset again"
+            f"{url} has schema version {version}; this release reads {SCHEMA_VERSION}: make the dataset again"
         )
     return manifest
 

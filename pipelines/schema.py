@@ -3,11 +3,13 @@ file is written.
 
 A document row is (doc_id, source, text, n_bytes). A patch row adds `patch_starts`, n_bytes + 1 bits, least
 significant bit first: bit i says that byte i starts a patch, the last bit belongs to EOS, bit 0 is always 1, BOS is
-implicit; and `n_patches`, the set bits among the bytes (EOS not counted). A file holds nothing of time, host or
-path: same rows, same bytes.
+implicit; and `n_patches`, the set bits among the bytes (EOS not counted). It may add `entropies`, n_bytes + 1 values
+of one byte each, ceil(32 H) for an entropy of H nats: value 0 made at BOS, value i at byte i - 1. A file holds nothing
+of time, host or path: same rows, same bytes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 
 from blt.errors import DataError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised whenever the meaning of a column or of a manifest field changes."""
 
 DOCUMENT_SCHEMA = pa.schema(
@@ -35,6 +37,9 @@ PATCH_SCHEMA = pa.schema(
         pa.field("n_patches", pa.int32(), nullable=False),
     ]
 )
+
+ENTROPY_FIELD = pa.field("entropies", pa.binary(), nullable=False)
+"""Follows the columns of PATCH_SCHEMA in a dataset that stores entropies."""
 
 ROW_GROUP_BYTES = 8 * 2**20
 """Usual cap on the text of a row group: the unit of random access (measured best between 8 and 16 MB)."""
@@ -69,24 +74,30 @@ def row_group_slices(sizes_bytes: Sequence[int], cap_bytes: int) -> list[slice]:
     return slices
 
 
-def encode_parquet(row_groups: Iterable[pa.Table], schema: pa.Schema, metadata: Mapping[str, str]) -> pa.Buffer:
-    """One Parquet file, a row group for each table: zstd-3, page checksums, `metadata` as key/values of the footer.
+def patch_schema(with_entropies: bool) -> pa.Schema:
+    """Columns of a patch dataset's files."""
+    return PATCH_SCHEMA.append(ENTROPY_FIELD) if with_entropies else PATCH_SCHEMA
 
-    Dictionaries and statistics are kept to the columns where they are of use. Call `to_pybytes` before comparing: a
-    memoryview of the buffer holds signed bytes and so differs from equal `bytes`.
+
+def write_parquet(
+    sink: BinaryIO, row_groups: Iterable[pa.Table], schema: pa.Schema, metadata: Mapping[str, str]
+) -> None:
+    """Write one Parquet file front to back, a row group for each table: zstd, page checksums, `metadata` as key/values
+    of the footer (read after the last row group, so that it may be filled meanwhile). `sink` is left open.
+
+    Dictionaries and statistics are kept to the columns where they are of use; entropies are all but incompressible and
+    take the quickest level.
     """
-    plain = [name for name in schema.names if name in ("n_bytes", "n_patches")]
-    sink = pa.BufferOutputStream()
+    levels = {name: 1 if name == ENTROPY_FIELD.name else 3 for name in schema.names}
     with pq.ParquetWriter(
         sink,
         schema,
-        compression="zstd",
-        compression_level=3,
+        compression=dict.fromkeys(schema.names, "zstd"),
+        compression_level=levels,
         use_dictionary=["source"],
-        write_statistics=["source", *plain],
+        write_statistics=[name for name in ("source", "n_bytes", "n_patches") if name in schema.names],
         write_page_checksum=True,
     ) as writer:
         for table in row_groups:
             writer.write_table(table, row_group_size=max(1, table.num_rows))
         writer.add_key_value_metadata({"schema_version": str(SCHEMA_VERSION), **metadata})
-    return sink.getvalue()

@@ -19,6 +19,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.s3_server import S3Server, s3_environment, s3_server
+
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 # A first example pays for imports and kernels, so wall time says nothing; the same examples on every machine.
@@ -27,9 +29,20 @@ hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
-def ray_local() -> Iterator[None]:
+def ray_local(request: pytest.FixtureRequest) -> Iterator[None]:
     """An embedded Ray of 4 CPUs, shared by all tests marked `ray` of a session."""
     from jobs.ray_session import ray_session
 
+    if any("s3" in item.fixturenames for item in request.session.items if isinstance(item, pytest.Function)):
+        request.getfixturevalue("s3")  # first, because Ray's workers keep the environment of their start
     with ray_session(num_cpus=4):
         yield
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server, shared by all tests marked `s3` of a session. The environment names it from then on, to this
+    process and to those that it starts, Ray's workers among them; each test takes a prefix of its own.
+    """
+    with s3_server(tmp_path_factory.mktemp("s3")) as server, s3_environment(server.environment):
+        yield server

@@ -24,13 +24,24 @@ class CalibrationRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceCalibration:
+    """What the thresholds of the table give on the documents of one source."""
+
+    source: str
+    sample_documents: int
+    sample_bytes: int
+    table: tuple[CalibrationRow, ...]
+    """Rows of the same thresholds as the whole sample's, in the same order."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """A threshold for a mean patch size, valid for one entropy model, rule and newline reset."""
 
     threshold: float
     """Nats; with a monotonic rule, nats of rise."""
     mean_patch_bytes: float
-    """Of the sample at this threshold."""
+    """Of the sample at this threshold: what was reached."""
     target_mean_patch_bytes: float
     rule: PatchRule
     """With the threshold in it."""
@@ -46,6 +57,8 @@ class Calibration:
     device: str
     table: tuple[CalibrationRow, ...]
     """Ascending thresholds, the chosen one among them."""
+    sources: tuple[SourceCalibration, ...] = ()
+    """By name; empty in a record that is older than this field."""
 
 
 def write_calibration(root: str, calibration: Calibration) -> None:

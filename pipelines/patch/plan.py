@@ -7,12 +7,13 @@ pool and paths may change between runs. It stands in the dataset (`_plan.json`),
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from blt.errors import ConfigError, DataError
-from blt.patching import PatchRule
+from blt.patching import ENTROPY_STEPS_PER_NAT, PatchRule
 from pipelines.actor_pool import ActorPoolConfig
 from pipelines.manifest import Manifest, Patching, ShardEntry, Split
 from pipelines.schema import SCHEMA_VERSION
@@ -33,13 +34,47 @@ class PatchConfig(ActorPoolConfig):
     """Open a new entropy-model context after each newline byte."""
     row_group_bytes: int = 8 * 2**20
     """Most document bytes of one Parquet row group (a longer document has a row group of its own)."""
+    store_entropies: bool = False
+    """Keep the entropies (a byte for each), rounded up to 1/32 nat; patches then come from the rounded values."""
+    reuse_entropies: str | None = None
+    """Patch dataset of the same documents with stored entropies: its entropies are read, and no model runs."""
+    limit: int | None = None
+    """Shards to do in this run; when some are left, the dataset stays incomplete and the exit status is 1."""
+    verify_documents: int = 64
+    """Documents whose patches --verify computes again."""
+    gc_older_than_seconds: float = 3600.0
+    """--gc removes what killed runs left behind if it is older than this."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.row_group_bytes < 1:
-            raise ConfigError(f"row_group_bytes must be at least 1, got {self.row_group_bytes}")
+        for name, least in (("row_group_bytes", 1), ("verify_documents", 0), ("gc_older_than_seconds", 0)):
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit must be at least 1, got {self.limit}")
         if self.calibration is not None and self.rule.kind != "entropy":
             raise ConfigError(f"calibration supplies a threshold, which rule.kind {self.rule.kind} does not use")
+        for name in ("store_entropies", "reuse_entropies"):
+            if getattr(self, name) and not self.rule.needs_entropies:
+                raise ConfigError(f"{name} needs rule.kind entropy or top_k, rule.kind is {self.rule.kind}")
+
+    @property
+    def final_rule(self) -> PatchRule:
+        """The rule as the plan holds it: with a longest patch, and quantized where entropies are stored or reused."""
+        quantized = self.rule.quantized or self.store_entropies or self.reuse_entropies is not None
+        return dataclasses.replace(limited(self.rule), quantized=quantized)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyOrigin:
+    """What decided the last digits of entropies, and with them their patches."""
+
+    entropy_model: str
+    """Fingerprint of the model."""
+    reset_on_newline: bool
+    dtype: str
+    device: str
+    row_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +86,7 @@ class PatchUnit:
     split: Split
     path: str
     """Of the shard, relative to the root: the same in the document dataset and in the patch dataset."""
+    source: str
     documents: int
     bytes: int
     """Bytes of document text."""
@@ -66,6 +102,7 @@ class PatchPlan:
     patching: Patching
     row_bytes: int
     row_group_bytes: int
+    store_entropies: bool
     units: tuple[PatchUnit, ...]
 
     @property
@@ -79,6 +116,7 @@ class PatchPlan:
             "documents": self.documents,
             "row_bytes": self.row_bytes,
             "row_group_bytes": self.row_group_bytes,
+            "store_entropies": self.store_entropies,
         }
         return values
 
@@ -92,38 +130,78 @@ class PatchPlan:
         return json.dumps({"hash": self.hash, "settings": self.settings}, indent=2, sort_keys=True).encode() + b"\n"
 
 
-def make_plan(config: PatchConfig, documents: Manifest, entropy_model: str | None) -> PatchPlan:
-    """The plan of `documents` under `config`, whose rule is final; `entropy_model` is the model's fingerprint.
+def make_plan(
+    config: PatchConfig, documents: Manifest, entropy_model: str | None, reused: EntropyOrigin | None = None
+) -> PatchPlan:
+    """The plan of `documents` under `config`; `entropy_model` is the model's fingerprint, `reused` the origin of stored
+    entropies that take its place.
 
     A rule that needs no entropies drops what only entropies depend on: model, reset, dtype and device do not count.
+    ConfigError for a threshold that stored entropies cannot serve, or a missing model.
     """
     if documents.kind != "documents":
         raise DataError(f"patch needs a dataset of documents, its manifest says {documents.kind}")
-    rule = limited(config.rule)
-    needs_model = rule.needs_entropies
-    if needs_model and entropy_model is None:
-        raise ConfigError(f"rule.kind {rule.kind} needs entropy_model (the directory of a trained entropy model)")
+    rule = config.final_rule
+    if rule.quantized:
+        _check_grid(rule)
+    origin = reused if rule.needs_entropies else None
+    if origin is None and rule.needs_entropies:
+        origin = _origin(config, entropy_model)
     patching = Patching(
-        entropy_model=entropy_model if needs_model else None,
+        entropy_model=origin.entropy_model if origin else None,
         rule=rule,
-        reset_on_newline=needs_model and config.reset_on_newline,
-        dtype=config.dtype if needs_model else "float32",
-        device=config.device if needs_model else "cpu",
+        reset_on_newline=origin is not None and origin.reset_on_newline,
+        dtype=origin.dtype if origin else "float32",
+        device=origin.device if origin else "cpu",
     )
     return PatchPlan(
         schema_version=SCHEMA_VERSION,
         documents=documents.fingerprint,
         patching=patching,
-        row_bytes=config.row_bytes if needs_model else 0,
+        row_bytes=origin.row_bytes if origin else 0,
         row_group_bytes=config.row_group_bytes,
-        units=tuple(_unit(shard) for shard in documents.shards),
+        store_entropies=config.store_entropies,
+        units=tuple(unit_of(shard) for shard in documents.shards),
     )
 
 
-def _unit(shard: ShardEntry) -> PatchUnit:
+def _origin(config: PatchConfig, entropy_model: str | None) -> EntropyOrigin:
+    if entropy_model is None:
+        raise ConfigError(
+            f"rule.kind {config.rule.kind} needs entropy_model (the directory of a trained entropy model)"
+        )
+    return EntropyOrigin(
+        entropy_model=entropy_model,
+        reset_on_newline=config.reset_on_newline,
+        dtype=config.dtype,
+        device=config.device,
+        row_bytes=config.row_bytes,
+    )
+
+
+def unit_of(shard: ShardEntry) -> PatchUnit:
+    """The unit of work that makes the patches of a document shard."""
     return PatchUnit(
-        id=unit_id(shard.path), split=shard.split, path=shard.path, documents=shard.documents, bytes=shard.bytes
+        id=unit_id(shard.path),
+        split=shard.split,
+        path=shard.path,
+        source=shard.source,
+        documents=shard.documents,
+        bytes=shard.bytes,
     )
+
+
+def _check_grid(rule: PatchRule) -> None:
+    """ConfigError if a threshold in use lies between two of the values that entropies are rounded up to."""
+    used = ("threshold",) if rule.threshold_add is None or rule.monotonic else ("threshold", "threshold_add")
+    for name in used if rule.kind == "entropy" else ():
+        steps = getattr(rule, name) * ENTROPY_STEPS_PER_NAT
+        if math.isfinite(steps) and steps != math.floor(steps):
+            below, above = (bound(steps) / ENTROPY_STEPS_PER_NAT for bound in (math.floor, math.ceil))
+            raise ConfigError(
+                f"rule.{name} must be a multiple of 1/{ENTROPY_STEPS_PER_NAT} nat where entropies are rounded "
+                f"(store_entropies, reuse_entropies), got {getattr(rule, name)}; the nearest are {below} and {above}"
+            )
 
 
 def limited(rule: PatchRule) -> PatchRule:

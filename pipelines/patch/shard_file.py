@@ -1,10 +1,10 @@
-"""One shard in and out: row groups of a document shard, the same rows with patch starts as a Parquet file in memory.
+"""One shard in and out: row groups of a document shard, and the same rows with patch starts.
 
-A row group at a time: memory is bounded by the row group and the encoded shard, whatever the corpus holds.
+A row group at a time: memory is bounded by the row group, whatever the shard holds.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from blt.errors import DataError
-from pipelines.schema import DOCUMENT_SCHEMA, PATCH_SCHEMA, pack_starts, row_group_slices
+from pipelines.schema import DOCUMENT_SCHEMA, ENTROPY_FIELD, pack_starts, patch_schema, row_group_slices
 from pipelines.storage import Storage
 
 Starts = npt.NDArray[np.bool_]
@@ -62,12 +62,48 @@ def read_row_groups(storage: Storage, path: str, row_group_bytes: int) -> Iterat
                 yield table.slice(rows.start, rows.stop - rows.start)
 
 
-def patched_table(table: pa.Table, starts: Sequence[Starts]) -> pa.Table:
-    """The document rows of `table` with the columns patch_starts and n_patches."""
+def patched_table(
+    table: pa.Table, starts: Sequence[Starts], entropies: Sequence[bytes | memoryview] | None = None
+) -> pa.Table:
+    """The document rows of `table` with the columns patch_starts, n_patches and, if given, entropies."""
     packed = pa.array([pack_starts(bits) for bits in starts], type=pa.binary())
     num_patches = pa.array([int(bits[:-1].sum()) for bits in starts], type=pa.int32())
     columns = [*(table[name] for name in DOCUMENT_SCHEMA.names), packed, num_patches]
-    return pa.Table.from_arrays(columns, schema=PATCH_SCHEMA)
+    if entropies is not None:
+        columns.append(pa.array(entropies, type=pa.binary()))
+    return pa.Table.from_arrays(columns, schema=patch_schema(entropies is not None))
+
+
+def stored_columns(storage: Storage, path: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Some columns of a patch file that stores entropies, a row group at a time; DataError for a broken file."""
+    try:
+        file = storage.open(path)
+    except FileNotFoundError as error:
+        raise DataError(f"shard {storage.url(path)} is in the manifest but does not exist") from error
+    with file:
+        parquet = open_shard(storage, path, file, patch_schema(True))
+        for index in range(parquet.num_row_groups):
+            yield read_row_group(storage, path, parquet, index, columns)
+
+
+class RowStream:
+    """The rows of consecutive tables, taken in other portions than those they come in."""
+
+    def __init__(self, tables: Iterable[pa.Table]) -> None:
+        self._tables = iter(tables)
+        self._held: pa.Table | None = None
+
+    def take(self, num_rows: int) -> pa.Table | None:
+        """The next `num_rows` rows, fewer at the end; None where no table comes at all."""
+        while self._held is None or self._held.num_rows < num_rows:
+            table = next(self._tables, None)
+            if table is None:
+                break
+            self._held = table if self._held is None else pa.concat_tables([self._held, table])
+        if self._held is None:
+            return None
+        taken, self._held = self._held.slice(0, num_rows), self._held.slice(num_rows)
+        return taken
 
 
 class ContentHash:
@@ -77,8 +113,13 @@ class ContentHash:
         self._sha256 = hashlib.sha256()
 
     def update(self, table: pa.Table) -> None:
-        """Add the rows of a patch table: per row, length and value of doc_id, source, text and patch_starts."""
-        for row in zip(*(table[name] for name in ("doc_id", "source", "text", "patch_starts")), strict=True):
+        """Add the rows of a patch table: per row, length and value of doc_id, source, text, patch_starts and, where
+        the table has them, entropies.
+        """
+        names = ["doc_id", "source", "text", "patch_starts"]
+        if ENTROPY_FIELD.name in table.column_names:
+            names.append(ENTROPY_FIELD.name)
+        for row in zip(*(table[name] for name in names), strict=True):
             for value in row:
                 data = value.as_buffer()
                 self._sha256.update(data.size.to_bytes(8, "little"))

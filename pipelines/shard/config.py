@@ -1,56 +1,142 @@
 """The settings of `shard`, checked when they are made."""
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from blt.errors import ConfigError
 
 _MAX_LINE_BYTES = 2**30
 """Arrow refuses row groups of more than 2 GiB of text, so one document must stay well below."""
 
+SourceFormat = Literal["auto", "jsonl", "txt", "parquet", "binary"]
+InvalidUtf8 = Literal["quarantine", "keep"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class ShardConfig:
-    """How a corpus becomes document shards; all but `input` and `stall_seconds` decides the bytes of the dataset."""
+class SourceConfig:
+    """One named part of a corpus: its files and how to read them."""
 
+    name: str
+    """Name of the source, written into every row and counted on its own."""
     input: tuple[str, ...]
-    """Files, globs (** for any depth) or directories: .jsonl, .jsonl.gz, .jsonl.zst, .txt, .parquet."""
+    """Files, globs (** for any depth) or directories, local or s3://."""
+    format: SourceFormat = "auto"
+    """auto takes .jsonl, .txt (both also .gz, .zst) and .parquet by name and passes over others; any other format
+    reads every visible file as that; binary takes each file as one document, bytes as they are."""
     text_key: str = "text"
     """JSON key or Parquet column that holds the text of a document."""
     id_key: str = "id"
-    """JSON key or Parquet column of the document's id; a document without one is called FILE:LINE, a .txt file FILE.
-    An id is a label and no key: documents that share one are all kept."""
+    """JSON key or Parquet column of the document's id; a document without one is called FILE:OFFSET (the byte its line
+    starts at, uncompressed, or the row's index in Parquet), a whole file FILE. An id is a label and no key."""
+    invalid_utf8: InvalidUtf8 = "quarantine"
+    """keep: bytes that are not UTF-8 stay as they are, and a lone surrogate in JSON becomes its three bytes."""
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.name.isprintable():
+            raise ConfigError(f"name must be printable and not empty, got {self.name!r}")
+        check_reading(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """How a corpus becomes document shards; all but the inputs and `stall_seconds` decides the bytes of the dataset."""
+
+    input: tuple[str, ...] = ()
+    """Files, globs (** for any depth) or directories, local or s3://; for a corpus of one source."""
     source: str = "corpus"
-    """Name of the corpus, written into every row and counted on its own."""
+    """Name of the source of `input`, written into every row."""
+    format: SourceFormat = "auto"
+    """auto takes .jsonl, .txt (both also .gz, .zst) and .parquet by name and passes over others; any other format
+    reads every visible file as that; binary takes each file as one document, bytes as they are."""
+    text_key: str = "text"
+    """JSON key or Parquet column that holds the text of a document."""
+    id_key: str = "id"
+    """JSON key or Parquet column of the document's id; a document without one is called FILE:OFFSET (the byte its line
+    starts at, uncompressed, or the row's index in Parquet), a whole file FILE. An id is a label and no key."""
+    invalid_utf8: InvalidUtf8 = "quarantine"
+    """keep: bytes that are not UTF-8 stay as they are, and a lone surrogate in JSON becomes its three bytes."""
+    sources: tuple[SourceConfig, ...] = ()
+    """In place of the six keys above: several sources, each counted and sharded on its own."""
     valid_fraction: float = 0.05
     """Share of the documents, by a hash of their content, that is held out as the valid split; above 0 and below 1."""
+    dedup: bool = False
+    """Of equal documents, byte for byte and in all sources, keep the first by source name, file name and offset."""
     shard_bytes: int = 64 * 2**20
     """Text bytes of a shard, exceeded by at most one document, since documents are never cut."""
     row_group_bytes: int = 8 * 2**20
     """Most text bytes of a Parquet row group, the unit of random access (a longer document has one of its own)."""
     group_bytes: int = 128 * 2**20
-    """Text bytes that one task shuffles and holds in memory at a time; larger mixes better and needs more memory."""
+    """Text bytes that one task shuffles and holds in memory at a time; larger mixes better and needs more memory. Large
+    uncompressed files are cut into ranges of this size."""
     max_line_bytes: int = 64 * 2**20
-    """Longest line of JSON, or text of a .txt file or Parquet row; a longer one is quarantined. At most 1 GiB."""
+    """Longest line of JSON, whole file or Parquet text; a longer one is quarantined. At most 1 GiB."""
     min_bytes: int = 1
     """Shortest document; a shorter one is filtered out and counted."""
+    max_bytes: int | None = None
+    """Longest document; a longer one is filtered out and counted."""
     seed: int = 0
     """Seed of the shuffle."""
     stall_seconds: float = 7200.0
     """Fail when no group of files finishes for this long."""
 
     def __post_init__(self) -> None:
-        if not self.input or not all(self.input):
-            raise ConfigError("input must name at least one file, glob or directory")
+        self._check_sources()
         for name in ("shard_bytes", "row_group_bytes", "group_bytes", "max_line_bytes", "min_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_bytes is not None and self.max_bytes < self.min_bytes:
+            raise ConfigError(f"max_bytes must be at least min_bytes={self.min_bytes}, got {self.max_bytes}")
         if self.stall_seconds <= 0:
             raise ConfigError(f"stall_seconds must be above 0, got {self.stall_seconds}")
         if not 0 < self.valid_fraction < 1:
             raise ConfigError(f"valid_fraction must be above 0 and below 1, got {self.valid_fraction}")
         if self.max_line_bytes > _MAX_LINE_BYTES:
             raise ConfigError(f"max_line_bytes must be at most {_MAX_LINE_BYTES} (1 GiB), got {self.max_line_bytes}")
-        if self.text_key == self.id_key or not self.text_key or not self.id_key:
-            raise ConfigError(f"text_key and id_key must be two names, got {self.text_key!r} and {self.id_key!r}")
-        if not self.source:
-            raise ConfigError("source must not be empty")
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """The sources, however they were given, by name."""
+        if self.sources:
+            return tuple(sorted(self.sources, key=lambda source: source.name))
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(SourceConfig) if f.name != "name"}
+        return (SourceConfig(name=self.source, **shared),)
+
+    def source_named(self, name: str) -> SourceConfig:
+        """The source of that name, which there must be."""
+        return next(source for source in self.all_sources if source.name == name)
+
+    def keeps(self, size_bytes: int) -> bool:
+        """Whether a document of this size passes the filters."""
+        return size_bytes >= self.min_bytes and (self.max_bytes is None or size_bytes <= self.max_bytes)
+
+    @property
+    def inputs(self) -> str:
+        """All inputs, for a message."""
+        return ", ".join(entry for source in self.all_sources for entry in source.input)
+
+    def _check_sources(self) -> None:
+        if not self.sources:
+            if not self.source or not self.source.isprintable():
+                raise ConfigError(f"source must be printable and not empty, got {self.source!r}")
+            check_reading(self)
+            return
+        for field in dataclasses.fields(ShardConfig):
+            if field.name == "sources":
+                break
+            if getattr(self, field.name) != field.default:
+                raise ConfigError(f"{field.name} does not go with sources: give it in each of them")
+        names = [source.name for source in self.sources]
+        if shared := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"sources must have distinct names, {shared[0]!r} is given more than once")
+
+
+def check_reading(config: SourceConfig | ShardConfig) -> None:
+    """ConfigError unless the keys that say what to read and how fit together."""
+    if not config.input or not all(config.input):
+        raise ConfigError("input must name at least one file, glob or directory")
+    if config.text_key == config.id_key or not config.text_key or not config.id_key:
+        raise ConfigError(f"text_key and id_key must be two names, got {config.text_key!r} and {config.id_key!r}")
+    for name, choices in (("format", SourceFormat), ("invalid_utf8", InvalidUtf8)):
+        if getattr(config, name) not in get_args(choices):
+            raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(config, name)!r}")

@@ -3,33 +3,42 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal
 
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
 
-from blt.errors import DataError
+from blt.errors import ConfigError, DataError
+from pipelines.filesystem import full_url, open_reader, resolve, storage_errors
+from pipelines.shard.config import SourceConfig, SourceFormat
 
 _LOGGER = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 64 * 2**10
+_SAMPLING_THREADS = 32
+"""Samples are small reads, which wait on the network and not on the processor."""
 
-Format = Literal["jsonl", "txt", "parquet"]
+Format = Literal["jsonl", "txt", "parquet", "binary"]
 Compression = Literal["gzip", "zstd"]
+
+COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 
 FORMATS: dict[str, tuple[Format, Compression | None]] = {
     ".jsonl": ("jsonl", None),
     ".jsonl.gz": ("jsonl", "gzip"),
     ".jsonl.zst": ("jsonl", "zstd"),
     ".txt": ("txt", None),
+    ".txt.gz": ("txt", "gzip"),
+    ".txt.zst": ("txt", "zstd"),
     ".parquet": ("parquet", None),
 }
-"""Accepted endings of a file name, and what they stand for."""
+"""Endings of a file name that format auto accepts, and what they stand for."""
 
-_TEXT_PER_BYTE = {".jsonl": 1.0, ".jsonl.gz": 3.0, ".jsonl.zst": 3.5, ".txt": 1.0, ".parquet": 2.5}
+_PARQUET_TEXT_PER_BYTE = 2.5
+_TEXT_PER_BYTE: dict[Compression | None, float] = {None: 1.0, "gzip": 3.0, "zstd": 3.5}
 """Usual text bytes for each byte of a file, by which files are gathered into groups of about equal work."""
 
 
@@ -41,39 +50,36 @@ class InputFile:
     """Where it is read: an absolute path or a URI."""
     name: str
     """Its name in the dataset: the path below the directory or glob that found it, so that a corpus may move."""
+    format: Format
+    compression: Compression | None = None
     size_bytes: int
     sample: str
     """Hex sha256 of its first and last 64 KiB."""
 
     @property
-    def text_bytes(self) -> int:
-        """Estimated bytes of text."""
-        return int(self.size_bytes * _TEXT_PER_BYTE[_suffix(self.name)])
-
-    @property
-    def format(self) -> Format:
-        return FORMATS[_suffix(self.name)][0]
-
-    @property
-    def compression(self) -> Compression | None:
-        return FORMATS[_suffix(self.name)][1]
+    def text_per_byte(self) -> float:
+        """Estimated bytes of text for each byte of the file."""
+        return _PARQUET_TEXT_PER_BYTE if self.format == "parquet" else _TEXT_PER_BYTE[self.compression]
 
 
-def find_files(inputs: Sequence[str]) -> tuple[InputFile, ...]:
-    """Every file that `inputs` name, once, sorted by name. DataError names an input that yields none.
+def find_files(source: SourceConfig) -> tuple[InputFile, ...]:
+    """Every file that the source's inputs name, once, sorted by name. DataError names an input that yields none.
 
-    Directories are searched at every depth; there and in globs, hidden files (a part that starts with "." or "_") and
-    files of other kinds are passed over, and the latter logged. A file named by itself must have an accepted ending.
+    Directories are searched at every depth; there and in globs, hidden files (a part that starts with "." or "_") are
+    passed over, and with format auto files of other kinds, which are logged. A file named by itself is always meant.
     """
-    found: dict[str, str] = {}
-    for entry in inputs:
-        named = dict(_named_by(entry))
+    found: dict[str, _Found] = {}
+    for entry in source.input:
+        named = list(_named_by(entry, source.format))
         if not named:
-            raise DataError(f"input {entry!r} holds no file that ends in {', '.join(FORMATS)}")
-        for url, name in named.items():
-            found.setdefault(url, name)
-    names = distinct_names(found)
-    return tuple(sorted((_inspect(url, name) for url, name in names.items()), key=lambda file: file.name))
+            what = f" that ends in {', '.join(FORMATS)}" if source.format == "auto" else ""
+            raise DataError(f"input {entry!r} holds no file{what}")
+        for file in named:
+            found.setdefault(file.url, file)
+    names = distinct_names({url: file.name for url, file in found.items()})
+    with ThreadPoolExecutor(_SAMPLING_THREADS) as pool:
+        files = list(pool.map(lambda file: _inspect(file, names[file.url], source.format), found.values()))
+    return tuple(sorted(files, key=lambda file: file.name))
 
 
 def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
@@ -90,37 +96,66 @@ def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
 def open_file(url: str) -> BinaryIO:
     """A seekable binary reader of one file; DataError, naming it, if it cannot be opened."""
     try:
-        return cast(BinaryIO, fsspec.open(url, "rb").open())
+        return open_reader(*resolve(url))
     except OSError as error:
-        raise DataError(f"cannot read {url}: {error.strerror or error}") from error
+        raise DataError(f"cannot read {url}: {one_line(error)}") from error
 
 
-def _named_by(entry: str) -> Iterator[tuple[str, str]]:
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """A file of a listing."""
+
+    filesystem: fsspec.AbstractFileSystem
+    path: str
+    url: str
+    name: str
+    size_bytes: int
+
+
+def _named_by(entry: str, expected: SourceFormat) -> Iterator[_Found]:
+    """The files that one input stands for."""
     try:
-        filesystem, path = fsspec.core.url_to_fs(entry)
-    except (ValueError, ImportError) as error:
+        filesystem, path = resolve(entry)
+        with storage_errors(full_url(filesystem, path)):
+            sizes, base = _listed(filesystem, path, entry)
+    except ConfigError as error:
         raise DataError(f"cannot use input {entry!r}: {error}") from error
-    if filesystem.isfile(path):
-        if _suffix(path) not in FORMATS:
-            raise DataError(f"input {entry!r} must end in one of {', '.join(FORMATS)}")
-        yield _url(filesystem, path), PurePosixPath(path).name
-        return
-    if filesystem.isdir(path):
-        base, paths = path, filesystem.find(path)
-    elif any(character in path for character in "*?["):
-        base, paths = _fixed_part(path), [p for p in filesystem.glob(path) if filesystem.isfile(p)]
-    else:
-        raise DataError(f"input {entry!r} does not exist")
-    names = {p: str(PurePosixPath(p).relative_to(base)) for p in paths}
-    visible = {p: name for p, name in names.items() if not any(part[0] in "._" for part in PurePosixPath(name).parts)}
-    wanted = {p: name for p, name in visible.items() if _suffix(name) in FORMATS}
+    except OSError as error:
+        raise DataError(f"cannot read input {entry!r}: {one_line(error)}") from error
+    if not base and expected == "auto" and _suffix(path) not in FORMATS:
+        raise DataError(f"input {entry!r} must end in one of {', '.join(FORMATS)}, or format be given")
+    names = {file: str(PurePosixPath(file).relative_to(base)) if base else PurePosixPath(file).name for file in sizes}
+    visible = [f for f, name in names.items() if not base or all(p[0] not in "._" for p in PurePosixPath(name).parts)]
+    wanted = [file for file in visible if expected != "auto" or _suffix(file) in FORMATS]
     if len(wanted) < len(visible):
         _LOGGER.warning("input=%s files_of_other_kinds_passed_over=%d", entry, len(visible) - len(wanted))
-    yield from ((_url(filesystem, p), name) for p, name in wanted.items())
+    for file in wanted:
+        url = full_url(filesystem, file)
+        yield _Found(filesystem=filesystem, path=file, url=url, name=names[file], size_bytes=sizes[file])
 
 
-def _url(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
-    return path if isinstance(filesystem, LocalFileSystem) else str(filesystem.unstrip_protocol(path))
+def _listed(filesystem: fsspec.AbstractFileSystem, path: str, entry: str) -> tuple[dict[str, int], str]:
+    """Path -> size of the files that `path` stands for, and the directory that their names begin below ("" for a file
+    named by itself).
+    """
+    try:
+        info = filesystem.info(path)
+    except FileNotFoundError as error:
+        if not any(character in path for character in "*?["):
+            raise DataError(f"input {entry!r} does not exist") from error
+        return _sizes(filesystem.glob(path, detail=True)), _fixed_part(path)
+    if info["type"] == "directory":
+        return _sizes(filesystem.find(path, detail=True)), path
+    return {path: int(info["size"])}, ""
+
+
+def _sizes(listing: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    return {path: int(info["size"]) for path, info in listing.items() if info["type"] == "file"}
 
 
 def _fixed_part(pattern: str) -> str:
@@ -134,21 +169,34 @@ def _fixed_part(pattern: str) -> str:
 
 
 def _suffix(name: str) -> str:
-    """The accepted ending of `name` in lower case, or its last suffix."""
+    """The ending of `name` that format auto accepts, in lower case, or "" if there is none."""
     lower = name.lower()
-    return next((s for s in FORMATS if lower.endswith(s)), PurePosixPath(lower).suffix)
+    return next((suffix for suffix in FORMATS if lower.endswith(suffix)), "")
 
 
-def _inspect(url: str, name: str) -> InputFile:
+def _inspect(found: _Found, name: str, expected: SourceFormat) -> InputFile:
     if not name.isprintable():  # a surrogate stands for a byte that is not UTF-8
-        raise DataError(f"cannot use {url!r}: rename it to printable UTF-8")
-    digest = hashlib.sha256()
+        raise DataError(f"cannot use {found.url!r}: rename it to printable UTF-8")
+    compression = COMPRESSIONS.get(PurePosixPath(name.lower()).suffix) if expected in ("jsonl", "txt") else None
+    format_, compression = FORMATS[_suffix(name)] if expected == "auto" else (expected, compression)
+    return InputFile(
+        url=found.url,
+        name=name,
+        format=format_,
+        compression=compression,
+        size_bytes=found.size_bytes,
+        sample=_sample(found),
+    )
+
+
+def _sample(found: _Found) -> str:
+    """Hex sha256 of both ends of a file."""
+    digest, size = hashlib.sha256(), found.size_bytes
+    ends = [(0, size)] if size <= 2 * _SAMPLE_BYTES else [(0, _SAMPLE_BYTES), (size - _SAMPLE_BYTES, size)]
     try:
-        with open_file(url) as file:
-            digest.update(file.read(_SAMPLE_BYTES))
-            size = file.seek(0, 2)
-            file.seek(max(_SAMPLE_BYTES, size - _SAMPLE_BYTES) if size > _SAMPLE_BYTES else size)
-            digest.update(file.read())
+        with storage_errors(found.url):
+            for start, end in ends:
+                digest.update(found.filesystem.cat_file(found.path, start=start, end=end) if end else b"")
     except OSError as error:
-        raise DataError(f"cannot read {url}: {error.strerror or error}") from error
-    return InputFile(url=url, name=name, size_bytes=size, sample=digest.hexdigest())
+        raise DataError(f"cannot read {found.url}: {one_line(error)}") from error
+    return digest.hexdigest()

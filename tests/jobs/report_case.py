@@ -17,10 +17,11 @@ from jobs.record import JobResult, write_record
 from jobs.report_run import COMMANDS
 from pipelines.evaluate.evaluation import Evaluation, write_evaluation
 from pipelines.manifest import Manifest, Patching, ShardEntry, read_manifest, write_manifest
-from pipelines.patch.calibration import Calibration, CalibrationRow, write_calibration
+from pipelines.patch.calibration import Calibration, CalibrationRow, SourceCalibration, write_calibration
 from pipelines.patch.shard_file import patched_table, read_row_groups
-from pipelines.schema import PATCH_SCHEMA, encode_parquet
+from pipelines.schema import PATCH_SCHEMA
 from pipelines.storage import Storage
+from tests.parquet_bytes import encode_parquet
 from tests.pipelines.patch.corpus import EDGE_DOCUMENTS, write_documents
 
 HOSTILE = (
@@ -28,6 +29,8 @@ HOSTILE = (
     + b"\xff\x00 broken \xe2\x82 end\n"
     + b"many plain words that fill some lines of text " * 20
 )
+SAMPLED_SOURCES = {"<b>code</b>": 334, "english": 600, "deutsch": 300}
+"""Sources of the calibration, and the bytes that were sampled of each."""
 RULE = PatchRule(threshold=2.0, max_patch_length=32)
 SAMPLE_TEXT = "the <i>Union</i> & \x07 the Congress"
 EVALUATION = Evaluation(
@@ -83,7 +86,7 @@ def write_patches(root: Path, documents: str, model: EntropyModel) -> None:
             entropies = document_entropies(model, texts)
             starts = [document_patch_starts(t, e, RULE).numpy() for t, e in zip(texts, entropies, strict=True)]
             tables.append(patched_table(table, starts))
-        data = encode_parquet(tables, PATCH_SCHEMA, {}).to_pybytes()
+        data = encode_parquet(tables, PATCH_SCHEMA, {})
         assert storage.write_exclusive(entry.path, data)
         patches = sum(sum(table["n_patches"].to_pylist()) for table in tables)
         entries.append(_entry(entry, data, patches))
@@ -109,23 +112,33 @@ def _entropy_model() -> EntropyModel:
 
 
 def _calibration(entropy_model: str) -> Calibration:
-    rows = [(1.0, 2.0), (2.0, 4.5), (3.0, 90.0)]
     return Calibration(
         threshold=2.0,
         mean_patch_bytes=4.5,
-        target_mean_patch_bytes=4.5,
-        rule=RULE,
+        target_mean_patch_bytes=4.4,
+        rule=dataclasses.replace(RULE, quantized=True),
         reset_on_newline=False,
         entropy_model=entropy_model,
         documents="ef" * 32,
-        sample_documents=3,
+        sample_documents=6,
         sample_bytes=1234,
         seed=0,
         dtype="float32",
         device="cpu",
-        table=tuple(
-            CalibrationRow(threshold=t, mean_patch_bytes=m, p99_patch_bytes=9, one_byte_share=0.1) for t, m in rows
+        table=_calibration_table(1.0),
+        sources=tuple(
+            SourceCalibration(
+                source=source, sample_documents=2, sample_bytes=num_bytes, table=_calibration_table(num_bytes / 500)
+            )
+            for source, num_bytes in SAMPLED_SOURCES.items()
         ),
+    )
+
+
+def _calibration_table(factor: float) -> tuple[CalibrationRow, ...]:
+    return tuple(
+        CalibrationRow(threshold=t, mean_patch_bytes=m * factor, p99_patch_bytes=9, one_byte_share=share)
+        for t, m, share in ((1.0, 2.0, 0.5), (2.0, 4.5, 0.125), (3.0, 90.0, 0.0))
     )
 
 

@@ -16,6 +16,7 @@ from ray.train import WorkerGroupError
 
 from blt.errors import CheckpointError, ConfigError, DataError
 from jobs import command_line
+from jobs.action import Action
 from jobs.command_line import COMMANDS, Command, main
 from jobs.record import JobResult
 
@@ -35,9 +36,9 @@ def wrapped(error: Exception) -> Exception:
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes the command `say` do what a test gives, through a module as the real ones."""
 
-    def make(run: Callable[[Config], JobResult]) -> None:
+    def make(run: Callable[[Config], JobResult], **names: object) -> None:
         module = ModuleType("say", doc="Say something.")
-        vars(module).update(Config=Config, run=run)
+        vars(module).update({"Config": Config, "run": run} | names)
         monkeypatch.setitem(COMMANDS, "say", Command("say", "say something"))
         monkeypatch.setattr(command_line.importlib, "import_module", lambda name: module)
 
@@ -126,6 +127,57 @@ def test_options_and_settings_mix(
     assert main(["say", "text=mine", "--config", str(file), "--log-file", str(log), "--verbose"]) == 0
     assert last_line(capsys)[0]["text"] == "mine"
     assert log.exists()
+
+
+def test_action_runs_instead_of_the_work(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    def count(config: Config) -> JobResult:
+        return JobResult(status="incomplete", figures={"letters": len(config.text)})
+
+    command(lambda config: JobResult(), ACTIONS={"count": Action(count, "count letters")}, OPTIONS=("text",))
+    assert main(["say", "--count", "--text", "four"]) == 1  # an incomplete result is no success
+    assert last_line(capsys)[0] == {"status": "incomplete", "seconds": 0.0, "letters": 4}
+    assert main(["say", "--text", "four"]) == 0
+    assert last_line(capsys)[0]["status"] == "done"
+    assert main(["say", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--count" in shown
+    assert "count letters" in shown
+    assert "--text VALUE" in shown
+
+
+def test_places_named_options_and_flags(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Parcel:
+        origin: str
+        target: str
+        kind: str = "letter"
+        fragile: bool = False
+
+    def send(config: Parcel) -> JobResult:
+        return JobResult(figures={"sent": f"{config.origin} {config.target} {config.kind} {config.fragile}"})
+
+    names = {"as": "kind", "fragile": "fragile"}
+    command(send, Config=Parcel, POSITIONAL=("origin", "target"), OPTIONS=names)
+    assert main(["say", "--as", "parcel", "/a=1/here", "--fragile", "./b=2"]) == 0
+    assert last_line(capsys)[0]["sent"] == "/a=1/here ./b=2 parcel True"
+    assert main(["say", "here", "target=there"]) == 0
+    assert last_line(capsys)[0]["sent"] == "here there letter False"
+    assert main(["say", "a", "b", "c"]) == 2
+    assert '"c" is one argument too many (accepted: ORIGIN, TARGET)' in str(last_line(capsys)[0]["error"])
+    assert main(["say", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "usage: blt say ORIGIN TARGET [--config FILE]" in shown
+    assert "--as VALUE" in shown
+    assert "the same as fragile=true" in shown
+
+
+def test_a_command_may_have_two_words(
+    command: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command(lambda config: JobResult(figures={"text": config.text}))
+    monkeypatch.setitem(COMMANDS, "say twice", Command("say", "say it again"))
+    assert main(["say", "twice", "text=hello"]) == 0
+    assert last_line(capsys)[0]["text"] == "hello"
 
 
 def test_help_lists_commands_and_settings(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def test_every_other_configuration_sets_only_keys_of_a_command(name: str) -> Non
     missing = [
         setting.key
         for setting in describe(command.Config, read_config_file(find_config(name)))
-        if setting.default == "required"
+        if setting.default == "required" and "[]" not in setting.key  # of what a list holds, which may be empty
     ]
     loaded = load_config(command.Config, find_config(name), [f"{key}=somewhere" for key in missing])
     assert isinstance(loaded, command.Config)

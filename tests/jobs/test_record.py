@@ -1,6 +1,7 @@
 """job.json: done work is skipped, other work in the same place refused."""
 
 import json
+import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 
 from blt.errors import ConfigError, DataError
 from jobs.record import JobResult, read_record, run_once
+from pipelines.storage import Storage
+from tests.s3_server import S3Server
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +29,23 @@ class Config:
 RESULT = JobResult(documents=3, bytes=30, bpb=2.5, figures={"gzip_bpb": 2.8})
 
 
-def test_done_work_is_skipped_with_its_result(tmp_path: Path) -> None:
-    config = Config(output=str(tmp_path / "a/b"))
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place for outputs."""
+    if request.param == "local":
+        return str(tmp_path)
+    s3: S3Server = request.getfixturevalue("s3")
+    return s3.url(uuid.uuid4().hex)
+
+
+def test_done_work_is_skipped_with_its_result(root: str) -> None:
+    config = Config(output=f"{root}/a/b")
     first = run_once(config.output, config, "inputs", lambda: RESULT)
     again = run_once(config.output, config, "inputs", lambda: pytest.fail("the work was done twice"))
     assert (first.status, first.path, first.bpb) == ("done", config.output, 2.5)
     assert again == replace(first, status="skipped")
-    assert json.loads((tmp_path / "a/b/job.json").read_text())["config"]["rule"] == {"threshold": 1.5}
-    assert [file.name for file in (tmp_path / "a/b").iterdir()] == ["job.json"]
+    assert json.loads(Storage(root).read_bytes("a/b/job.json"))["config"]["rule"] == {"threshold": 1.5}
+    assert Storage(root).list() == ["a/b/job.json"]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +73,13 @@ def test_ignored_keys_have_no_say(tmp_path: Path) -> None:
     assert run_once(tmp_path, moved, "inputs", lambda: RESULT, ignore=("output", "workers")).status == "skipped"
 
 
+def test_incomplete_work_is_gone_on_with(root: str) -> None:
+    config = Config(output=root)
+    assert run_once(root, config, "inputs", lambda: replace(RESULT, status="incomplete")).status == "incomplete"
+    assert read_record(root) is None
+    assert run_once(root, config, "inputs", lambda: RESULT).status == "done"
+
+
 def test_failed_work_leaves_no_record(tmp_path: Path) -> None:
     def fail() -> JobResult:
         raise DataError("empty corpus")
@@ -71,10 +90,10 @@ def test_failed_work_leaves_no_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", '{"version": 1, "config"', "[]", '{"version": 1}', '{"version": 9}'])
-def test_broken_record_is_named(content: str, tmp_path: Path) -> None:
-    (tmp_path / "job.json").write_text(content)
-    with pytest.raises(DataError, match=r"job\.json: (is broken .* remove it|has version 9)"):
-        read_record(tmp_path)
+def test_broken_record_is_named(content: str, root: str) -> None:
+    Storage(root).write_replace("job.json", content.encode())
+    with pytest.raises(DataError, match=rf"{root}/job\.json: (is broken .* remove it|has version 9)"):
+        read_record(root)
 
 
 def test_result_survives_json() -> None:

@@ -1,5 +1,7 @@
 """`blt report` on a small run: well-formed, self-contained, escaped, and with the numbers that the run holds."""
 
+import dataclasses
+import html
 import html.parser
 import io
 import json
@@ -15,10 +17,14 @@ from rich.console import Console
 from blt.errors import ConfigError
 from jobs import report
 from jobs.command_line import main
+from jobs.report_calibration import WHOLE, calibration_charts, drawn_sources
+from jobs.report_chart import STYLES
+from jobs.report_page import TEMPLATES
 from jobs.report_patches import patch_lengths, read_passage
 from jobs.report_run import COMMANDS, read_run, run_directories
 from jobs.report_table import print_summary, stage_rows, summary_rows
 from pipelines.manifest import read_manifest
+from pipelines.patch.calibration import Calibration, read_calibration
 from tests.jobs.report_case import EVALUATION, HOSTILE, SAMPLE_TEXT, write_run
 
 _VOID = {"meta", "link", "br"}
@@ -136,6 +142,68 @@ def test_curve_stands_under_its_byte(page_text: str, run_directory: Path) -> Non
 
 def _nats(titles: list[str]) -> list[float]:
     return [float(n) for title in titles for n in title.split(" · ")[1].removesuffix(" nats").split()]
+
+
+@pytest.fixture(scope="module")
+def calibration(run_directory: Path) -> Calibration:
+    return read_calibration(str(run_directory / "calibration"))
+
+
+def test_calibration_is_shown_source_by_source(page_text: str) -> None:
+    rows = re.findall(r"<tr[^>]*><th scope=\"row\">(.*?)</th>(.*?)</tr>", page_text)
+    cells = {name: re.findall(r"<td[^>]*>(.*?)</td>", row) for name, row in reversed(rows) if row.count("<td") == 5}
+    assert {html.unescape(name): row for name, row in cells.items()} == {
+        "english": ["2", "600", "5.40", "9", "12.5 %"],
+        "<b>code</b>": ["2", "334", "3.01", "9", "12.5 %"],
+        "deutsch": ["2", "300", "2.70", "9", "12.5 %"],
+        WHOLE: ["6", "1,234", "4.50", "9", "12.5 %"],
+    }
+    every = [name for name, row in rows if row.count("<td") == 4 and re.search(r"\d\.\d{5}</td>", row)]
+    assert [every.count(name) for name in cells] == [3] * 4
+    text = _Page(page_text).text
+    assert "chosen for 4.40 bytes per patch; it gives 4.50, as near as multiples of 1/32 nat come." in text
+    labels = [value for tag, name, value in _Page(page_text).attributes if (tag, name) == ("svg", "aria-label")]
+    names = "english, <b>code</b>, deutsch, whole sample"
+    assert f"Threshold and mean patch size: bytes per patch over threshold (nats); lines: {names}" in labels
+    assert f"Threshold and one-byte patches: % of patches over threshold (nats); lines: {names}" in labels
+
+
+def test_calibration_charts_mark_the_chosen_threshold(calibration: Calibration) -> None:
+    mean, share = calibration_charts(calibration)
+    for chart in (mean, share):
+        assert [line.name for line in chart.lines] == ["english", "<b>code</b>", "deutsch", WHOLE]
+        assert len({line.style for line in chart.lines}) == 4
+        vertical, horizontal = chart.rules
+        assert {line.markers[1][0] for line in chart.lines} == {vertical.x}
+        assert vertical.x is not None
+        assert chart.left < vertical.x < chart.right
+        assert chart.lines[-1].markers[1][1] == horizontal.y
+        assert horizontal.y is not None
+        assert chart.top < horizontal.y < chart.bottom
+    # Larger is higher on the canvas: english has the largest patches; the shares are equal, and fall.
+    assert [line.markers[1][1] for line in mean.lines[:3]] == sorted(line.markers[1][1] for line in mean.lines[:3])
+    assert share.lines[0].markers[0][1] < share.lines[0].markers[1][1] < share.lines[0].markers[2][1]
+    assert share.lines[0].markers[0][2] == "english: 50 at 1"
+    assert mean.is_cut
+    assert not share.is_cut
+
+
+def test_few_of_many_sources_are_drawn(calibration: Calibration) -> None:
+    (first, *_), count = calibration.sources, len(STYLES) + 3
+    many = tuple(dataclasses.replace(first, source=f"s{i}", sample_bytes=100 + i) for i in range(count))
+    drawn = drawn_sources(dataclasses.replace(calibration, sources=many))
+    assert [part.source for part in drawn] == [f"s{i}" for i in range(count - 1, 3, -1)]
+    for sources in ((first,), ()):
+        one = dataclasses.replace(calibration, sources=sources)
+        assert [[line.name for line in chart.lines] for chart in calibration_charts(one)] == [[WHOLE], [WHOLE]]
+
+
+def test_every_style_of_a_line_has_its_colour_in_every_scheme() -> None:
+    css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    for style in STYLES:
+        assert len(re.findall(rf"--{style}: #[0-9a-f]{{6}};", css)) == 3  # light, dark and on paper
+        assert f".chart .{style} {{ color: var(--{style}); }}" in css
+        assert f".legend .{style}::before {{ border-color: var(--{style}); }}" in css
 
 
 def test_lengths_of_the_whole_dataset(run_directory: Path) -> None:

@@ -13,12 +13,16 @@ from pipelines.manifest import Manifest, Patching, ShardEntry, SourceCounts, rea
 
 
 def _manifest(**changes: Any) -> Manifest:
-    shard = ShardEntry(path="train/shard-0.parquet", split="train", documents=2, bytes=30, patches=7, sha256="ab")
-    held_out = ShardEntry(path="valid/shard-0.parquet", split="valid", documents=1, bytes=10, patches=2, sha256="cd")
+    shard = ShardEntry(
+        path="train/shard-0.parquet", split="train", source="s", documents=2, bytes=30, patches=7, sha256="ab"
+    )
+    held_out = ShardEntry(
+        path="valid/shard-0.parquet", split="valid", source="s", documents=1, bytes=10, patches=2, sha256="cd"
+    )
     values: dict[str, Any] = {
         "kind": "patches",
         "shards": (shard, held_out),
-        "counts": {"s": SourceCounts(rows_in=5, rows_out=3, quarantined=1, filtered=1, bytes=40)},
+        "counts": {"s": SourceCounts(rows_in=7, rows_out=3, quarantined=1, filtered=1, duplicates=2, bytes=40)},
         "patching": Patching(
             entropy_model="f0", rule=PatchRule(threshold=1.25), reset_on_newline=True, dtype="float32", device="cpu"
         ),
@@ -38,12 +42,14 @@ def test_manifest_is_read_back_as_written(tmp_path: Path) -> None:
 def test_fingerprint_follows_every_field() -> None:
     manifest = _manifest()
     assert manifest.patching is not None
+    nothing = SourceCounts(rows_in=1, rows_out=0, quarantined=1, filtered=0, bytes=0)
     others = [
         _manifest(patching=dataclasses.replace(manifest.patching, rule=PatchRule(threshold=1.26))),
         _manifest(shards=(manifest.shards[0], dataclasses.replace(manifest.shards[1], sha256="ce"))),
-        _manifest(counts={"t": manifest.counts["s"]}),
+        _manifest(counts=manifest.counts | {"t": nothing}),
+        _manifest(entropies=True),
     ]
-    assert len({m.fingerprint for m in [manifest, *others]}) == 4
+    assert len({m.fingerprint for m in [manifest, *others]}) == 5
 
 
 def test_counts_that_do_not_reconcile_are_refused() -> None:
@@ -53,13 +59,15 @@ def test_counts_that_do_not_reconcile_are_refused() -> None:
         SourceCounts(rows_in=0, rows_out=1, quarantined=0, filtered=-1, bytes=0)
     with pytest.raises(DataError, match="reconcile"):
         _manifest(counts={"s": SourceCounts(rows_in=2, rows_out=2, quarantined=0, filtered=0, bytes=40)})
+    with pytest.raises(DataError, match="source 's'"):  # the sum is right, the sources are not
+        _manifest(counts={"t": SourceCounts(rows_in=3, rows_out=3, quarantined=0, filtered=0, bytes=40)})
     with pytest.raises(DataError, match="patching"):
         _manifest(kind="documents")
 
 
 def test_counts_add_up() -> None:
-    one = SourceCounts(rows_in=3, rows_out=1, quarantined=1, filtered=1, bytes=9)
-    assert one + one == SourceCounts(rows_in=6, rows_out=2, quarantined=2, filtered=2, bytes=18)
+    one = SourceCounts(rows_in=4, rows_out=1, quarantined=1, filtered=1, duplicates=1, bytes=9)
+    assert one + one == SourceCounts(rows_in=8, rows_out=2, quarantined=2, filtered=2, duplicates=2, bytes=18)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +77,9 @@ def test_counts_add_up() -> None:
         (lambda text: text[:-20], "cannot read"),
         (lambda text: "[]", "cannot read"),
         (lambda text: text.replace('"train"', '"test"', 1), "cannot read"),
-        (lambda text: text.replace('"rows_in": 5', '"rows_in": 6'), "reconcile"),
+        (lambda text: text.replace('"rows_in": 7', '"rows_in": 6'), "reconcile"),
         (lambda text: text.replace('"bytes": 30', '"bytes": 31'), "reconcile"),
-        (lambda text: text.replace('"schema_version": 1', '"schema_version": 99'), "schema version 99"),
+        (lambda text: text.replace('"schema_version": 2', '"schema_version": 99'), "schema version 99"),
         (lambda text: text.replace('"entropy"', '"nonsense"'), "nonsense"),
     ],
 )

@@ -1,15 +1,18 @@
 """Small document datasets: edge cases, and text of any length from a seed."""
 
+import dataclasses
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pyarrow as pa
 
 from pipelines.manifest import Manifest, ShardEntry, SourceCounts, write_manifest
-from pipelines.schema import DOCUMENT_SCHEMA, encode_parquet, row_group_slices
+from pipelines.schema import DOCUMENT_SCHEMA, row_group_slices
 from pipelines.storage import Storage
+from tests.parquet_bytes import encode_parquet
 
 EDGE_DOCUMENTS = [
     b"",
@@ -31,26 +34,40 @@ def prose(seed: int, num_bytes: int) -> bytes:
     return " ".join(words).encode()[:num_bytes]
 
 
-def write_documents(root: Path, shards: Mapping[str, Sequence[bytes]]) -> str:
-    """Write a dataset of documents, a shard for each path, in row groups of at most 1,000 bytes; returns its root."""
+def write_documents(
+    root: Path,
+    shards: Mapping[str, Sequence[bytes]],
+    sources: Mapping[str, str] = MappingProxyType({}),
+    row_group_bytes: int = 1000,
+) -> str:
+    """Write a dataset of documents, a shard for each path; returns its root.
+
+    `sources` names the source of a path; the others are of "test".
+    """
     storage = Storage(str(root))
-    entries = [_write_shard(storage, path, texts) for path, texts in shards.items()]
-    rows, num_bytes = sum(entry.documents for entry in entries), sum(entry.bytes for entry in entries)
-    counts = {"test": SourceCounts(rows_in=rows, rows_out=rows, quarantined=0, filtered=0, bytes=num_bytes)}
+    entries = [
+        _write_shard(storage, path, texts, sources.get(path, "test"), row_group_bytes) for path, texts in shards.items()
+    ]
+    empty = SourceCounts(rows_in=0, rows_out=0, quarantined=0, filtered=0, bytes=0)
+    counts: dict[str, SourceCounts] = {}
+    for entry in entries:
+        rows = dataclasses.replace(empty, rows_in=entry.documents, rows_out=entry.documents, bytes=entry.bytes)
+        counts[entry.source] = counts.get(entry.source, empty) + rows
     write_manifest(storage.root_uri, Manifest(kind="documents", shards=tuple(entries), counts=counts))
     return storage.root_uri
 
 
-def _write_shard(storage: Storage, path: str, texts: Sequence[bytes]) -> ShardEntry:
+def _write_shard(storage: Storage, path: str, texts: Sequence[bytes], source: str, row_group_bytes: int) -> ShardEntry:
     sizes = [len(text) for text in texts]
-    columns = [[f"{path}:{row}" for row in range(len(texts))], ["test"] * len(texts), list(texts), sizes]
+    columns = [[f"{path}:{row}" for row in range(len(texts))], [source] * len(texts), list(texts), sizes]
     table = pa.table(columns, schema=DOCUMENT_SCHEMA)
-    groups = [table.slice(rows.start, rows.stop - rows.start) for rows in row_group_slices(sizes, 1000)]
+    groups = [table.slice(rows.start, rows.stop - rows.start) for rows in row_group_slices(sizes, row_group_bytes)]
     data = encode_parquet(groups, DOCUMENT_SCHEMA, {})
     assert storage.write_exclusive(path, data)
     return ShardEntry(
         path=path,
         split="valid" if path.startswith("valid") else "train",
+        source=source,
         documents=len(texts),
         bytes=sum(sizes),
         sha256=hashlib.sha256(data).hexdigest(),

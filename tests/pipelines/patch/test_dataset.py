@@ -20,8 +20,11 @@ from blt.vocabulary import BOS, encode
 from pipelines.manifest import read_manifest
 from pipelines.patch import PatchConfig, patch_dataset
 from pipelines.patch.calibration import Calibration, write_calibration
+from pipelines.patch.commit import Commit, read_commits, read_plan, record
 from pipelines.schema import unpack_starts
+from pipelines.storage import Storage
 from tests.pipelines.patch.corpus import EDGE_DOCUMENTS, prose, write_documents
+from tests.pipelines.patch.in_process import use_in_process_pool
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
@@ -52,6 +55,23 @@ def patched(documents: str, entropy_model_directory: str, tmp_path_factory: pyte
 
 def _data_files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*.parquet"))}
+
+
+def _commits(root: Path) -> dict[str, Commit]:
+    """All records, which must be in parts by now."""
+    plan_hash, _ = read_plan(Storage(str(root)))
+    done = read_commits(Storage(str(root)), plan_hash)
+    assert done.ungathered == ()
+    return done.commits
+
+
+def _scatter(root: Path) -> None:
+    """Put the records back into files of their own, as a driver leaves them that is killed before it gathers them."""
+    commits = _commits(root)
+    for part in (root / "_commits").iterdir():
+        part.unlink()
+    for commit in commits.values():
+        record(Storage(str(root)), commit)
 
 
 def _rows(root: Path) -> Iterator[dict[str, object]]:
@@ -107,8 +127,11 @@ def test_footer_and_stats(patched: Path, documents: str) -> None:
     assert stats["total"]["bytes"] == manifest.bytes
     assert stats["total"]["patches"] == sum(shard.patches or 0 for shard in manifest.shards)
     assert stats["shards"]["train-00001"]["inferring_seconds"] > 0
+    assert stats["sources"] == {"test": stats["total"]}
+    shares = [stats["total"][f"{stage}_share"] for stage in ("reading", "inferring", "writing")]
+    assert sum(shares) == pytest.approx(1)
     assert set(stats["shards"]) == {"train-00000", "train-00001", "train-00002", "train-00003", "valid-00000"}
-    assert not list((patched / "_temporary").iterdir())
+    assert not (patched / "_temporary").exists()
 
 
 def test_a_second_run_does_nothing(patched: Path, documents: str, entropy_model_directory: str) -> None:
@@ -116,30 +139,33 @@ def test_a_second_run_does_nothing(patched: Path, documents: str, entropy_model_
     progress: list[int] = []
     config = dataclasses.replace(CONFIG, max_actors=1)  # resources may change between runs
     manifest = patch_dataset(config, documents, entropy_model_directory, str(patched), progress.append)
+    assert manifest is not None
     assert manifest == read_manifest(str(patched))
     assert progress == [manifest.bytes]
     assert {path: path.stat().st_mtime_ns for path in patched.rglob("*") if path.is_file()} == before
 
 
 def test_missing_shards_are_done_again_byte_for_byte(
-    patched: Path, documents: str, entropy_model_directory: str, tmp_path: Path
+    patched: Path, documents: str, entropy_model_directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    use_in_process_pool(monkeypatch)
     output = tmp_path / "patches"
     patch_dataset(CONFIG, documents, entropy_model_directory, str(output))
     assert _data_files(output) == _data_files(patched)
+    _scatter(output)
     for lost in ("train/shard-00001.parquet", "_commits/train-00001.json", "_commits/train-00000.json"):
         (output / lost).unlink()  # one shard lost, one whose worker was killed before its commit
     (output / "valid/shard-00000.parquet").unlink()  # and one whose commit outlived its data
     kept = (output / "train/shard-00000.parquet").stat().st_mtime_ns
     progress: list[int] = []
     manifest = patch_dataset(CONFIG, documents, entropy_model_directory, str(output), progress.append)
+    assert manifest is not None
     assert len(progress) == 4
     assert sum(progress) == manifest.bytes
     assert manifest == read_manifest(str(patched))
     assert _data_files(output) == _data_files(patched)
     assert (output / "train/shard-00000.parquet").stat().st_mtime_ns == kept
-    commits = {path.name: path.read_bytes() for path in (output / "_commits").iterdir()}
-    assert commits == {path.name: path.read_bytes() for path in (patched / "_commits").iterdir()}
+    assert _commits(output) == _commits(patched)
 
 
 def test_killed_actors_leave_no_duplicate(
@@ -156,6 +182,7 @@ def test_killed_actors_leave_no_duplicate(
 
     config = dataclasses.replace(CONFIG, max_actors=1)
     manifest = patch_dataset(config, documents, entropy_model_directory, str(tmp_path / "patches"), on_progress)
+    assert manifest is not None
     assert len(killed) == 1
     assert len(finished) == 1 + len(manifest.shards)
     assert sum(finished) == manifest.bytes
@@ -174,7 +201,7 @@ def _kill_actors() -> list[int]:
 def test_another_plan_is_refused_and_named(patched: Path, documents: str, entropy_model_directory: str) -> None:
     before = _data_files(patched)
     config = dataclasses.replace(CONFIG, rule=dataclasses.replace(RULE, threshold=3.0))
-    with pytest.raises(DataError, match=r"rule.threshold is 4.0 there, 3.0 here"):
+    with pytest.raises(ConfigError, match=r"rule.threshold is 4.0 there, 3.0 here"):
         patch_dataset(config, documents, entropy_model_directory, str(patched))
     assert _data_files(patched) == before
 
@@ -235,4 +262,6 @@ def test_an_error_in_an_actor_reaches_the_driver_as_it_is(tmp_path: Path) -> Non
     assert not (tmp_path / "patches/manifest.json").exists()
     write_documents(tmp_path / "mended", {"train/shard-00000.parquet": [b"one two", b"three"]})
     config = PatchConfig(rule=PatchRule(kind="byte"))  # nothing was done under the plan that failed: it gives way
-    assert patch_dataset(config, str(tmp_path / "mended"), None, str(tmp_path / "patches")).documents == 2
+    manifest = patch_dataset(config, str(tmp_path / "mended"), None, str(tmp_path / "patches"))
+    assert manifest is not None
+    assert manifest.documents == 2

@@ -12,7 +12,14 @@ from pipelines.patch.plan import PatchConfig, PatchPlan, differences, make_plan,
 
 def _manifest(num_shards: int = 3, num_bytes: int = 10) -> Manifest:
     shards = tuple(
-        ShardEntry(path=f"train/shard-{i:05d}.parquet", split="train", documents=2, bytes=num_bytes, sha256=f"{i}")
+        ShardEntry(
+            path=f"train/shard-{i:05d}.parquet",
+            split="train",
+            source="test",
+            documents=2,
+            bytes=num_bytes,
+            sha256=f"{i}",
+        )
         for i in range(num_shards)
     )
     rows, total = 2 * num_shards, num_bytes * num_shards
@@ -42,6 +49,8 @@ def test_one_unit_for_each_shard() -> None:
         PatchConfig(device="cuda", gpus_per_actor=1),
         PatchConfig(row_bytes=4096),
         PatchConfig(row_group_bytes=1 << 20),
+        PatchConfig(rule=PatchRule(threshold=1.25), store_entropies=True),
+        PatchConfig(rule=PatchRule(threshold=1.25, quantized=True)),
     ],
 )
 def test_what_decides_the_bytes_is_in_the_hash(config: PatchConfig) -> None:
@@ -55,7 +64,17 @@ def test_inputs_are_in_the_hash() -> None:
 
 
 def test_resources_are_not_in_the_hash() -> None:
-    config = PatchConfig(min_actors=2, max_actors=7, cpus_per_actor=3, stall_seconds=1.0, wait_for_resources=True)
+    config = PatchConfig(
+        min_actors=2,
+        max_actors=7,
+        cpus_per_actor=3,
+        memory_bytes_per_actor=1,
+        stall_seconds=1.0,
+        wait_for_resources=True,
+        limit=1,
+        verify_documents=0,
+        gc_older_than_seconds=0.0,
+    )
     assert _plan(config).hash == _plan().hash
     assert dataclasses.replace(_plan(), units=()).hash == _plan().hash
 
@@ -102,8 +121,33 @@ def test_missing_model_and_wrong_dataset_are_refused() -> None:
         ({"device": "cuda"}, "gpus_per_actor"),
         ({"gpus_per_actor": 1.0}, "gpus_per_actor"),
         ({"rule": PatchRule(kind="space"), "calibration": "x"}, "calibration"),
+        ({"rule": PatchRule(kind="space"), "store_entropies": True}, "store_entropies needs rule.kind"),
+        ({"rule": PatchRule(kind="byte"), "reuse_entropies": "x"}, "reuse_entropies needs rule.kind"),
+        ({"limit": 0}, "limit"),
+        ({"memory_bytes_per_actor": -1}, "memory_bytes_per_actor"),
+        ({"verify_documents": -1}, "verify_documents"),
+        ({"gc_older_than_seconds": -1.0}, "gc_older_than_seconds"),
     ],
 )
 def test_bad_values_are_refused_by_name(values: dict[str, object], name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         PatchConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        PatchRule(threshold=1.34375),
+        PatchRule(threshold=-0.03125, monotonic=True, threshold_add=0.1),  # monotonic: threshold_add is not used
+        PatchRule(threshold=1.0, threshold_add=0.0),
+        PatchRule(kind="top_k", patch_size=4.5),
+    ],
+)
+def test_thresholds_on_the_grid_serve_stored_entropies(rule: PatchRule) -> None:
+    stored = _plan(PatchConfig(rule=rule, store_entropies=True)).patching.rule
+    assert stored == dataclasses.replace(rule, quantized=True, max_patch_length=512)
+
+
+def test_thresholds_off_the_grid_are_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"rule\.threshold .* got 1\.34; the nearest are 1\.3125 and 1\.34375"):
+        _plan(PatchConfig(rule=PatchRule(threshold=1.34), store_entropies=True))

@@ -9,8 +9,9 @@ import pytest
 from blt.errors import DataError
 from blt.patching import PatchRule, document_patch_starts
 from pipelines.patch.shard_file import ContentHash, patched_table, read_row_groups
-from pipelines.schema import DOCUMENT_SCHEMA, PATCH_SCHEMA, encode_parquet, unpack_starts
+from pipelines.schema import DOCUMENT_SCHEMA, PATCH_SCHEMA, unpack_starts
 from pipelines.storage import Storage
+from tests.parquet_bytes import encode_parquet
 from tests.pipelines.patch.corpus import EDGE_DOCUMENTS, write_documents
 
 PATH = "train/shard-00000.parquet"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from blt.errors import ConfigError, DataError
-from pipelines.manifest import Manifest, read_manifest
+from pipelines.manifest import read_manifest
 from pipelines.shard import ShardConfig, plan_corpus, shard_corpus
-from pipelines.shard.corpus import PLAN_PATH
-from pipelines.shard.group import write_group
+from tests.pipelines.shard.corpora import rows_of, shard, tree, without_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
@@ -50,27 +48,18 @@ def _config(root: Path, **settings: Any) -> ShardConfig:
     return ShardConfig(**(values | settings))
 
 
-def _tree(root: Path) -> dict[str, str]:
-    files = (file for file in root.rglob("*") if file.is_file() and "_temporary" not in file.parts)
-    return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def _shard(config: ShardConfig, output: Path) -> Manifest:
-    return shard_corpus(config, str(output), lambda num_bytes: None)
-
-
 def test_all_formats_become_one_reconciled_dataset(tmp_path: Path) -> None:
     config = _config(_corpus(tmp_path / "in"))
     plan = plan_corpus(config)
     assert len(plan.groups) >= 6
     done: list[int] = []
-    manifest = shard_corpus(config, str(tmp_path / "out"), done.append)
+    manifest = shard_corpus(plan, config, str(tmp_path / "out"), done.append)
     assert sum(done) == plan.input_bytes
     assert len(done) == len(plan.groups)
     assert manifest == read_manifest(str(tmp_path / "out"))
     counts = manifest.counts["c"]
     assert (counts.rows_in, counts.rows_out, counts.quarantined, counts.filtered) == (306, 300, 3, 3)
-    rows = [row for shard in manifest.shards for row in pq.read_table(tmp_path / "out" / shard.path).to_pylist()]
+    rows = rows_of(tmp_path / "out", manifest)
     assert sorted(row["text"].decode() for row in rows) == sorted(map(_text, range(300)))
     by_id = {row["doc_id"].removeprefix("texts/").removesuffix(".txt"): row["text"].decode() for row in rows}
     assert by_id == {f"doc-{i}": _text(i) for i in range(300)}
@@ -79,35 +68,33 @@ def test_all_formats_become_one_reconciled_dataset(tmp_path: Path) -> None:
     assert sum(len(file.read_text().splitlines()) for file in (tmp_path / "out" / "quarantine").iterdir()) == 3
 
 
-def test_parallelism_does_not_show_in_the_bytes(tmp_path: Path) -> None:
-    config = _config(_corpus(tmp_path / "in"))
-    _shard(config, tmp_path / "parallel")
-    for group in reversed(plan_corpus(config).groups):  # one after the other, in another order, without Ray
-        write_group(group, config, str(tmp_path / "serial"))
-    whole = _tree(tmp_path / "parallel")
-    assert whole.keys() - _tree(tmp_path / "serial").keys() == {"manifest.json", PLAN_PATH}
-    _shard(config, tmp_path / "serial")
-    assert _tree(tmp_path / "serial") == whole
+@pytest.mark.parametrize("dedup", [False, True])
+def test_parallelism_does_not_show_in_the_bytes(tmp_path: Path, dedup: bool) -> None:
+    config = _config(_corpus(tmp_path / "in"), dedup=dedup)
+    shard(config, tmp_path / "parallel")
+    with without_ray():
+        shard(config, tmp_path / "serial")
+    assert tree(tmp_path / "serial") == tree(tmp_path / "parallel")
 
 
 def test_a_run_that_was_cut_off_is_completed(tmp_path: Path) -> None:
     config = _config(_corpus(tmp_path / "in"))
-    manifest = _shard(config, tmp_path / "out")
-    whole = _tree(tmp_path / "out")
+    manifest = shard(config, tmp_path / "out")
+    whole = tree(tmp_path / "out")
     for path in ("manifest.json", "_commits/group-00001.json", "_commits/group-00003.json", manifest.shards[3].path):
         (tmp_path / "out" / path).unlink()
     untouched = tmp_path / "out" / "_commits/group-00002.json"
     before = untouched.stat().st_mtime_ns
-    assert _shard(config, tmp_path / "out") == manifest
+    assert shard(config, tmp_path / "out") == manifest
     assert untouched.stat().st_mtime_ns == before
-    assert _tree(tmp_path / "out") == whole
+    assert tree(tmp_path / "out") == whole
 
 
 @pytest.mark.parametrize("change", ["seed", "content", "file"])
 def test_another_plan_does_not_mix_with_what_is_there(tmp_path: Path, change: str) -> None:
     config = _config(_corpus(tmp_path / "in"))
-    _shard(config, tmp_path / "out")
-    whole = _tree(tmp_path / "out")
+    shard(config, tmp_path / "out")
+    whole = tree(tmp_path / "out")
     if change == "seed":
         config = dataclasses.replace(config, seed=1)
     elif change == "content":
@@ -116,8 +103,8 @@ def test_another_plan_does_not_mix_with_what_is_there(tmp_path: Path, change: st
     else:
         (tmp_path / "in" / "more.txt").write_text("one more")
     with pytest.raises(DataError, match=f"{'seed is 0 there, 1 here' if change == 'seed' else 'inputs is'}"):
-        _shard(config, tmp_path / "out")
-    assert _tree(tmp_path / "out") == whole
+        shard(config, tmp_path / "out")
+    assert tree(tmp_path / "out") == whole
 
 
 @pytest.mark.parametrize(
@@ -125,7 +112,7 @@ def test_another_plan_does_not_mix_with_what_is_there(tmp_path: Path, change: st
     [
         ("", "0 rows read"),
         ("\n \n", "0 rows read"),
-        ('{"text": ""}', "1 shorter than min_bytes=1"),
+        ('{"text": ""}', "1 filtered out by min_bytes=1"),
         ('{"body": "a"}\n{"body": "b"}', r"2 refused.*a\.jsonl:1: .*`text` \(keys: body\)"),
         ('{"text": "a"}', "needs at least two different documents"),
         ('{"text": "a"}\n{"text": "a"}', "needs at least two different documents"),
@@ -134,9 +121,9 @@ def test_another_plan_does_not_mix_with_what_is_there(tmp_path: Path, change: st
 def test_a_corpus_that_makes_no_dataset_is_named(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(DataError, match=message) as error:
-        _shard(_config(tmp_path / "a.jsonl"), tmp_path / "out")
+        shard(_config(tmp_path / "a.jsonl"), tmp_path / "out")
     assert str(tmp_path / "a.jsonl") in str(error.value)
-    assert _tree(tmp_path / "out") == {}
+    assert tree(tmp_path / "out") == {}
 
 
 @pytest.mark.parametrize(("fraction", "empty"), [(0.001, "valid"), (0.999, "train")])
@@ -144,9 +131,9 @@ def test_an_empty_split_says_which_fraction_would_do(tmp_path: Path, fraction: f
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"document {i}"}) for i in range(8)))
     config = _config(tmp_path / "a.jsonl", valid_fraction=fraction)
     with pytest.raises(DataError, match=f"{empty} split .* set valid_fraction=0") as error:
-        _shard(config, tmp_path / "out")
+        shard(config, tmp_path / "out")
     advised = float(str(error.value).partition("set valid_fraction=")[2].split()[0])
-    manifest = _shard(dataclasses.replace(config, valid_fraction=advised), tmp_path / "out")  # into the same output
+    manifest = shard(dataclasses.replace(config, valid_fraction=advised), tmp_path / "out")  # into the same output
     assert manifest.documents == 8
     assert manifest.split("valid")
     assert manifest.split("train")
@@ -154,8 +141,8 @@ def test_an_empty_split_says_which_fraction_would_do(tmp_path: Path, fraction: f
 
 def test_documents_that_share_an_id_are_all_kept(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"text {i}", "id": 7}) for i in range(50)))
-    manifest = _shard(_config(tmp_path / "a.jsonl"), tmp_path / "out")
-    rows = [row for shard in manifest.shards for row in pq.read_table(tmp_path / "out" / shard.path).to_pylist()]
+    manifest = shard(_config(tmp_path / "a.jsonl"), tmp_path / "out")
+    rows = rows_of(tmp_path / "out", manifest)
     assert len({row["text"] for row in rows}) == 50
     assert {row["doc_id"] for row in rows} == {"7"}
 
@@ -166,11 +153,11 @@ def test_an_error_in_a_task_arrives_as_it_was_raised(tmp_path: Path) -> None:
     (tmp_path / "out" / "train").mkdir(parents=True)
     (tmp_path / "out" / "train" / f"shard-{group.index:05d}-00000.parquet").write_bytes(b"mine")
     with pytest.raises(DataError, match="exists and holds something else"):
-        _shard(config, tmp_path / "out")
+        shard(config, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_output_inside_the_input_is_refused(tmp_path: Path) -> None:
     _corpus(tmp_path / "in")
     with pytest.raises(ConfigError, match="lies inside the output"):
-        _shard(_config(tmp_path / "in"), tmp_path)
+        shard(_config(tmp_path / "in"), tmp_path)

@@ -1,7 +1,9 @@
 """Lines of a stream: right offsets and numbers for any chunking, long lines skipped and counted."""
 
+import dataclasses
 import gzip
 import io
+import itertools
 import tracemalloc
 from pathlib import Path
 
@@ -26,6 +28,37 @@ def test_lines_are_those_of_split(content: bytes, chunk_bytes: int, cap_bytes: i
     assert [line.size_bytes for line in found] == [len(line) for line in expected]
     assert [content[line.offset : line.offset + line.size_bytes] for line in found] == expected
     assert [line.data for line in found] == [line if len(line) <= cap_bytes else None for line in expected]
+
+
+@given(
+    st.lists(st.binary(max_size=9)).map(b"\n".join),
+    st.sets(st.integers(1, 60), max_size=4),
+    st.integers(1, 9),
+    st.integers(0, 6),
+)
+def test_ranges_share_the_lines_of_the_whole(content: bytes, cuts: set[int], chunk_bytes: int, cap_bytes: int) -> None:
+    borders: list[int | None] = [0, *sorted(cut for cut in cuts if cut < len(content)), None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "CHUNK_BYTES", chunk_bytes)
+        whole = list(read_lines(io.BytesIO(content), cap_bytes))
+        found, before = [], 0
+        for start, end in itertools.pairwise(borders):
+            assert start is not None
+            stream = io.BytesIO(content)
+            stream.seek(max(0, start - 1))
+            part = list(read_lines(stream, cap_bytes, start, end))
+            assert [line.number for line in part] == list(range(1, len(part) + 1))
+            assert all(start <= line.offset and (end is None or line.offset < end) for line in part)
+            found += [dataclasses.replace(line, number=before + line.number) for line in part]
+            before += len(part)
+    assert found == whole
+
+
+def test_a_range_inside_of_a_line_reads_no_further_than_its_end() -> None:
+    stream = io.BytesIO(b"x" * 64 * lines.CHUNK_BYTES)
+    stream.seek(9)
+    assert list(read_lines(stream, 100, 10, 20)) == []
+    assert stream.tell() <= 9 + lines.CHUNK_BYTES
 
 
 def test_byte_order_mark_is_dropped_from_the_first_line_only() -> None:

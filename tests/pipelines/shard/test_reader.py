@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.shard.config import ShardConfig
-from pipelines.shard.files import find_files
-from pipelines.shard.reader import Document, Rejected, read_file
+from pipelines.shard.plan import plan_corpus
+from pipelines.shard.reader import Document, Rejected, UnitReader
+from tests.pipelines.shard.corpora import zstd
 
 ROWS = [{"id": f"d{i}", "text": f"text {i} \N{SNOWMAN}", "other": [i]} for i in range(20)]
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
@@ -22,12 +23,11 @@ def _read(file: Path, content: bytes | None = None, **settings: Any) -> list[Doc
     if content is not None:
         file.write_bytes(content)
     config = ShardConfig(input=(str(file),), **settings)
-    (found,) = find_files(config.input)
-    return list(read_file(found, config))
-
-
-def _zstd(data: bytes) -> bytes:
-    return pa.compress(data, codec="zstd", asbytes=True)  # type: ignore[no-any-return]
+    units = [unit for group in plan_corpus(config).groups for unit in group.units]
+    rows: list[Document | Rejected] = []
+    for unit in sorted(units, key=lambda unit: unit.start):
+        rows += UnitReader(unit, config.all_sources[0], config.max_line_bytes)
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,8 @@ def _zstd(data: bytes) -> bytes:
         ("a.jsonl", b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n\r\n")),
         ("a.jsonl.gz", gzip.compress(LINES)),
         ("a.jsonl.gz", gzip.compress(LINES[:700]) + gzip.compress(LINES[700:])),
-        ("a.jsonl.zst", _zstd(LINES)),
-        ("a.jsonl.zst", _zstd(LINES[:700]) + _zstd(LINES[700:])),
+        ("a.jsonl.zst", zstd(LINES)),
+        ("a.jsonl.zst", zstd(LINES[:700]) + zstd(LINES[700:])),
     ],
 )
 def test_jsonl_in_every_dress_gives_the_same_documents(tmp_path: Path, name: str, content: bytes) -> None:
@@ -88,10 +88,10 @@ def test_a_bad_line_is_refused_alone(tmp_path: Path, line: bytes, reason: str) -
     assert (bad.line, bad.offset, bad.rows) == (2, len(good) + 1, 1)
     assert any(part in bad.reason for part in reason.split("|")), bad.reason
     assert len(bad.reason) < 300
-    assert after.doc_id == "a.jsonl:3"
+    assert after.doc_id == f"a.jsonl:{len(good) + len(line) + 2}"
 
 
-@pytest.mark.parametrize(("name", "compress"), [("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", _zstd)])
+@pytest.mark.parametrize(("name", "compress"), [("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstd)])
 @pytest.mark.parametrize("damage", ["cut", "cut by one", "tail", "not compressed", "empty"])
 def test_a_damaged_compressed_file_is_never_silent(tmp_path: Path, name: str, compress: Any, damage: str) -> None:
     texts = [hashlib.sha512(b"%d" % i).hexdigest() * 20 for i in range(2000)]  # several chunks of the stream
@@ -127,6 +127,40 @@ def test_text_file_is_one_document_named_as_the_file(tmp_path: Path) -> None:
     assert "longer than max_line_bytes=10" in refused.reason
 
 
+@pytest.mark.parametrize(("suffix", "pack"), [("txt", bytes), ("txt.gz", gzip.compress), ("txt.zst", zstd)])
+def test_text_file_in_every_dress_is_one_document(tmp_path: Path, suffix: str, pack: Any) -> None:
+    text = b"Zeile\r\n" * 300_000  # more than a chunk
+    assert _read(tmp_path / f"a.{suffix}", pack(text)) == [Document(f"a.{suffix}", text, 0)]
+    (refused,) = _read(tmp_path / f"a.{suffix}", pack(text + b"\xff"))
+    assert isinstance(refused, Rejected)
+    assert refused.reason == f"not valid UTF-8 (byte {len(text)})"
+    kept = Document(f"a.{suffix}", text + b"\xff", 0)
+    assert _read(tmp_path / f"a.{suffix}", invalid_utf8="keep") == [kept]
+    (refused,) = _read(tmp_path / f"a.{suffix}", max_line_bytes=100)
+    assert isinstance(refused, Rejected)
+    assert "longer than max_line_bytes=100" in refused.reason
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("txt.gz", gzip.compress), ("txt.zst", zstd)])
+@pytest.mark.parametrize("kept", [0, 1, 100, -1])
+def test_a_cut_compressed_text_file_is_refused_whole(tmp_path: Path, suffix: str, pack: Any, kept: int) -> None:
+    text = b"".join(hashlib.sha512(b"%d" % i).hexdigest().encode() for i in range(20_000))
+    (refused,) = _read(tmp_path / f"a.{suffix}", pack(text)[:kept])
+    assert isinstance(refused, Rejected)
+    assert "stream" in refused.reason
+
+
+def test_binary_files_are_documents_of_any_bytes(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 3
+    assert _read(tmp_path / "a.png", content, format="binary") == [Document("a.png", content, 0)]
+    assert _read(tmp_path / "b.gz", gzip.compress(content), format="binary")[0].text == (tmp_path / "b.gz").read_bytes()  # type: ignore[union-attr]
+
+
+def test_a_format_that_is_named_overrides_the_ending(tmp_path: Path) -> None:
+    rows = _read(tmp_path / "a.json.gz", gzip.compress(LINES), format="jsonl")
+    assert [row.text.decode() for row in rows if isinstance(row, Document)] == [row["text"] for row in ROWS]
+
+
 TEXTS = [row["text"] for row in ROWS]
 
 
@@ -153,7 +187,7 @@ def test_parquet_rows_that_are_no_text_are_refused_alone(tmp_path: Path) -> None
     table = pa.table({"text": pa.array([b"good", None, b"\xff", b"x" * 11, b"good"], pa.binary())})
     pq.write_table(table, tmp_path / "a.parquet")
     rows = _read(tmp_path / "a.parquet", max_line_bytes=10)
-    assert [row.doc_id for row in rows if isinstance(row, Document)] == ["a.parquet:1", "a.parquet:5"]
+    assert [row.doc_id for row in rows if isinstance(row, Document)] == ["a.parquet:0", "a.parquet:4"]
     assert [(row.line, row.reason) for row in rows if isinstance(row, Rejected)] == [
         (2, "'text' is null, not text"),
         (3, "not valid UTF-8 (byte 0)"),
@@ -194,3 +228,35 @@ def test_parquet_with_damaged_pages_loses_their_row_group_alone(tmp_path: Path) 
         (601, 200, "damaged Parquet pages, 200 rows are lost")
     ]
     assert [row.offset for row in rows if isinstance(row, Document)] == [*range(600), *range(800, 1000)]
+
+
+def test_parquet_keeps_raw_bytes_on_request_and_ids_are_always_text(tmp_path: Path) -> None:
+    texts = pa.array([b"a\xff", b"\xed\xa0\x80", b"ok"], pa.binary())
+    ids = pa.array([b"\xff", b"b", None], pa.binary())
+    pq.write_table(pa.table({"text": texts, "id": ids}), tmp_path / "a.parquet")
+    assert _read(tmp_path / "a.parquet", invalid_utf8="keep") == [
+        Document("\ufffd", b"a\xff", 0),
+        Document("b", b"\xed\xa0\x80", 1),
+        Document("a.parquet:2", b"ok", 2),
+    ]
+    assert [type(row) for row in _read(tmp_path / "a.parquet")] == [Rejected, Rejected, Document]
+
+
+@pytest.mark.parametrize("group_bytes", [1, 100, 331, 5000])
+def test_split_files_give_the_documents_of_the_whole(tmp_path: Path, group_bytes: int) -> None:
+    rows = [{"text": f"text {i} " * (i % 7)} for i in range(60)]
+    content = b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(row).encode() for row in rows[:30])
+    content += b"\n\n\nbroken\n" + b"\n".join(json.dumps(row).encode() for row in rows[30:])
+    whole = _read(tmp_path / "a.jsonl", content)
+    split = _read(tmp_path / "a.jsonl", group_bytes=group_bytes)
+    assert [row for row in split if isinstance(row, Document)] == [row for row in whole if isinstance(row, Document)]
+    assert [row.offset for row in split if isinstance(row, Rejected)] == [content.index(b"broken")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=7)
+    assert _read(tmp_path / "a.parquet", group_bytes=group_bytes) == _read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("content", [None, b"no parquet" * 50])
+def test_what_concerns_a_whole_parquet_file_is_told_once(tmp_path: Path, content: bytes | None) -> None:
+    pq.write_table(pa.table({"body": ["a", "b", "c"]}), tmp_path / "a.parquet")
+    (refused,) = _read(tmp_path / "a.parquet", content, group_bytes=10)
+    assert isinstance(refused, Rejected)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from blt.patching import PatchRule
 from blt.vocabulary import BOS, BYTE_OFFSET, EOS
 from pipelines.manifest import Manifest, Patching, ShardEntry, SourceCounts, Split, write_manifest
-from pipelines.schema import PATCH_SCHEMA, encode_parquet, pack_starts, row_group_slices
+from pipelines.schema import ENTROPY_FIELD, PATCH_SCHEMA, pack_starts, patch_schema, row_group_slices
 from pipelines.storage import Storage
 from pipelines.train.packing import RowGroup
+from tests.parquet_bytes import encode_parquet
 
 MAX_PATCH = 6
 RULE = PatchRule(kind="space", max_patch_length=MAX_PATCH)
@@ -93,31 +94,45 @@ def patch_table(documents: Sequence[Patched], source: str = "test") -> pa.Table:
     )
 
 
+def stored_entropies(document: Patched) -> bytes:
+    """n + 1 values as a dataset stores them: some of every byte value that can occur, the same for a document."""
+    return bytes((7 * place + len(document.text)) % 178 for place in range(len(document.text) + 1))
+
+
 def write_patches(
-    root: Path,
+    root: Path | str,
     shards: Mapping[str, Sequence[Patched]],
     *,
     row_group_bytes: int = 100,
     patching: Patching = PATCHING,
     sources: Mapping[str, str] | None = None,
+    with_entropies: bool = False,
 ) -> str:
-    """A patch dataset, a shard for each path (`sources`: path -> source); returns its root."""
+    """A patch dataset, a shard for each path (`sources`: path -> source); returns its root. Entropies, where they are
+    wanted, are those of `stored_entropies`.
+    """
     storage, entries, counts = Storage(str(root)), [], dict[str, SourceCounts]()
     for path, documents in shards.items():
         source = (sources or {}).get(path, "test")
         table = patch_table(documents, source)
+        if with_entropies:
+            table = table.append_column(ENTROPY_FIELD, pa.array(map(stored_entropies, documents), pa.binary()))
         slices = row_group_slices([len(document.text) for document in documents], row_group_bytes)
         tables = [table.slice(rows.start, rows.stop - rows.start) for rows in slices]
-        data = encode_parquet(tables, PATCH_SCHEMA, {}).to_pybytes()
+        data = encode_parquet(tables, patch_schema(with_entropies), {})
         assert storage.write_exclusive(path, data)
         split: Split = "valid" if path.startswith("valid") else "train"
         rows, num_bytes = len(documents), sum(len(document.text) for document in documents)
         patches = sum(document.num_patches for document in documents)
         sha256 = hashlib.sha256(data).hexdigest()
-        entry = ShardEntry(path=path, split=split, documents=rows, bytes=num_bytes, patches=patches, sha256=sha256)
+        entry = ShardEntry(
+            path=path, split=split, source=source, documents=rows, bytes=num_bytes, patches=patches, sha256=sha256
+        )
         entries.append(entry)
         here = SourceCounts(rows_in=rows, rows_out=rows, quarantined=0, filtered=0, bytes=num_bytes)
         counts[source] = counts[source] + here if source in counts else here
-    manifest = Manifest(kind="patches", shards=tuple(entries), counts=counts, patching=patching)
+    manifest = Manifest(
+        kind="patches", shards=tuple(entries), counts=counts, patching=patching, entropies=with_entropies
+    )
     write_manifest(storage.root_uri, manifest)
     return storage.root_uri

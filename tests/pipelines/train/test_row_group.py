@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blt.errors import DataError
-from pipelines.schema import DOCUMENT_SCHEMA, PATCH_SCHEMA, encode_parquet
+from pipelines.schema import DOCUMENT_SCHEMA, PATCH_SCHEMA
 from pipelines.storage import Storage
 from pipelines.train.packing import RowGroup
 from pipelines.train.row_group import _joined, num_row_groups, read_row_group
+from tests.parquet_bytes import encode_parquet
 from tests.pipelines.train.patched import (
     Patched,
     naive_row_group,
@@ -32,7 +33,7 @@ def assert_equal(found: RowGroup, expected: RowGroup) -> None:
 
 def write(root: Path, tables: Sequence[pa.Table], schema: pa.Schema = PATCH_SCHEMA) -> Storage:
     storage = Storage(str(root))
-    storage.write_replace("shard.parquet", encode_parquet(tables, schema, {}).to_pybytes())
+    storage.write_replace("shard.parquet", encode_parquet(tables, schema, {}))
     return storage
 
 

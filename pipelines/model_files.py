@@ -1,0 +1,61 @@
+"""Model directories on storage: their files in a local directory, which is where models are loaded from."""
+
+import functools
+import logging
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+from blt.errors import CheckpointError
+from pipelines.filesystem import BLOCK_BYTES
+from pipelines.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "entropy_model/config.json",
+    "entropy_model/model.safetensors",
+)
+"""All that a model directory holds; the last two only beside a language model that comes with its entropy model."""
+
+_downloading = threading.Lock()
+
+
+def local_model(uri: str) -> str:
+    """An absolute local directory with the files of the model directory `uri`.
+
+    A local directory is given as it is. From S3 the files are fetched once per process, into a temporary directory
+    that goes with it. CheckpointError, naming `uri`, if there is no model.
+    """
+    storage = Storage(uri)
+    if storage.is_local:
+        return storage.root_uri
+    with _downloading:  # two threads that ask at once must not fetch twice
+        return str(Path(_downloads().name) / _download(storage.root_uri))
+
+
+@functools.cache
+def _downloads() -> "tempfile.TemporaryDirectory[str]":
+    """Of this process; removed when it ends."""
+    return tempfile.TemporaryDirectory(prefix="blt-models-")
+
+
+@functools.cache
+def _download(uri: str) -> str:
+    """Fetch a model; its directory below `_downloads()`, named like the URI, as it will show in error messages."""
+    storage = Storage(uri)
+    sizes = storage.sizes()
+    present = [path for path in MODEL_FILES if path in sizes]
+    if MODEL_FILES[0] not in present:
+        raise CheckpointError(f"{uri}: is not the directory of a model: {storage.url(MODEL_FILES[0])} does not exist")
+    directory = uri.partition("://")[2]
+    for path in present:
+        target = Path(_downloads().name) / directory / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with storage.open(path) as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy, BLOCK_BYTES)
+    logger.info("fetched model=%s bytes=%d", uri, sum(sizes[path] for path in present))
+    return directory

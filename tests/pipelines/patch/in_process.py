@@ -1,0 +1,23 @@
+"""A pool of one actor in this process, for tests of what is around the pool; others run it on Ray."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from pipelines.actor_pool import ActorPoolConfig, Unit
+
+
+def use_in_process_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let patching and verification run their units here, in order."""
+    for module in ("dataset", "verify"):
+        monkeypatch.setattr(f"pipelines.patch.{module}.run_units", _run_units)
+
+
+def _run_units(
+    units: Sequence[Unit], actor: type, arguments: Mapping[str, Any], config: ActorPoolConfig
+) -> Iterator[dict[str, Any]]:
+    pool = actor(**arguments)
+    for unit in units:
+        batch = pool({name: [value] for name, value in unit.items()})
+        yield {name: values[0] for name, values in batch.items()}
