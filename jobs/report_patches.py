@@ -3,6 +3,8 @@
 Row groups are read one at a time and only the columns that are needed, so a dataset of any size streams through.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from blt.errors import ConfigError, DataError
+from blt.errors import ConfigError
+from pipelines import open_patches
 from pipelines.manifest import Manifest, ShardEntry
-from pipelines.patch.shard_file import open_shard, read_row_group
-from pipelines.schema import PATCH_SCHEMA, unpack_starts
-from pipelines.storage import Storage
+from pipelines.schema import unpack_starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +60,9 @@ def patch_lengths(
     """Patch lengths of the whole dataset; `on_progress` gets the text bytes of each row group. DataError if broken."""
     counts = np.zeros(1, np.int64)
     for shard in manifest.shards:
-        for table in _row_groups(root, shard, ["n_bytes", "patch_starts"]):
-            sizes = table["n_bytes"].to_numpy()
-            for n_bytes, packed in zip(sizes.tolist(), table["patch_starts"], strict=True):
-                found = np.bincount(_lengths(unpack_starts(packed.as_buffer(), n_bytes)))
-                counts = _added(counts, found)
-            on_progress(int(sizes.sum()))
+        for batch in _batches(root, shard, ["n_bytes", "patch_lengths"]):
+            counts = _added(counts, np.bincount(batch["patch_lengths"].values.to_numpy()))
+            on_progress(int(batch["n_bytes"].to_numpy().sum()))
     return PatchLengths(counts=tuple(counts.tolist()))
 
 
@@ -83,11 +81,12 @@ def read_passage(
             return None
         raise ConfigError(f'passage_document "{document}" is not in {root}')
     shard, group, row = found
-    table = next(_row_groups(root, shard, ["doc_id", "text", "n_bytes", "patch_starts"], group)).slice(row, 1)
-    doc_id, text, n_bytes = (table[name][0].as_py() for name in ("doc_id", "text", "n_bytes"))
+    columns = ["doc_id", "text", "n_bytes", "patch_starts"]
+    batch = next(itertools.islice(_batches(root, shard, columns), group, None)).slice(row, 1)
+    doc_id, text, n_bytes = (batch[name][0].as_py() for name in ("doc_id", "text", "n_bytes"))
     if offset >= n_bytes:
         raise ConfigError(f'passage_offset {offset} is beyond the {n_bytes} bytes of document "{doc_id}"')
-    starts = unpack_starts(table["patch_starts"][0].as_py(), n_bytes)
+    starts = unpack_starts(batch["patch_starts"][0].as_py(), n_bytes)
     first, last = _whole_patches(starts, offset, offset + num_bytes)
     return Passage(
         doc_id=doc_id,
@@ -97,11 +96,6 @@ def read_passage(
         starts=tuple(starts[first:last].tolist()),
         before=text[:first],
     )
-
-
-def _lengths(starts: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Patch lengths of a document from its bits, the last of which belongs to EOS."""
-    return np.diff(np.flatnonzero(starts[:-1]), append=len(starts) - 1)
 
 
 def _added(counts: npt.NDArray[np.int64], more: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -117,9 +111,9 @@ def _find(
     """Shard, row group and row of the document: the one asked for, or the first of `num_bytes`, or the longest."""
     longest, place = 0, None
     for shard in shards:
-        for group, table in enumerate(_row_groups(root, shard, ["doc_id", "n_bytes"])):
-            names = table["doc_id"].to_pylist() if document is not None else ()
-            for row, size in enumerate(table["n_bytes"].to_pylist()):
+        for group, batch in enumerate(_batches(root, shard, ["doc_id", "n_bytes"])):
+            names = batch["doc_id"].to_pylist() if document is not None else ()
+            for row, size in enumerate(batch["n_bytes"].to_pylist()):
                 if document is not None:
                     if names[row] == document:
                         return shard, group, row
@@ -138,14 +132,6 @@ def _whole_patches(starts: npt.NDArray[np.bool_], first: int, last: int) -> tupl
     return (int(opening[-1]) if len(opening) else 0), (last + int(closing[0]) if len(closing) else n_bytes)
 
 
-def _row_groups(root: str, shard: ShardEntry, columns: Sequence[str], group: int | None = None) -> Iterator[pa.Table]:
-    """The columns of each row group of the shard, or of one."""
-    storage = Storage(root)
-    try:
-        file = storage.open(shard.path)
-    except FileNotFoundError as error:
-        raise DataError(f"shard {storage.url(shard.path)} is in the manifest but does not exist") from error
-    with file:
-        parquet = open_shard(storage, shard.path, file, PATCH_SCHEMA)
-        for index in range(parquet.num_row_groups) if group is None else (group,):
-            yield read_row_group(storage, shard.path, parquet, index, columns)
+def _batches(root: str, shard: ShardEntry, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The columns of each row group of the shard."""
+    return iter(dataclasses.replace(open_patches(root, columns=columns), shards=(shard,)))

@@ -120,6 +120,7 @@ def test_foreign_entropy_models_are_refused(finished: dict[str, object], root: P
     assert "Traceback" not in completed.stderr
 
 
+@pytest.mark.slow
 def test_more_workers_than_cpus_are_refused(finished: dict[str, object], root: Path) -> None:
     config, entropy_model = train_config(root), root / "run" / "entropy_model" / "model"
     completed = blt_command(

@@ -110,6 +110,7 @@ def test_lost_answer_does_not_make_a_loser_a_winner(size: int, method: str, part
         assert storage.leftovers(0) == []
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_reading_survives_every_fault(s3: S3Server) -> None:
     data = content(LARGE)

@@ -168,6 +168,7 @@ def test_missing_shards_are_done_again_byte_for_byte(
     assert _commits(output) == _commits(patched)
 
 
+@pytest.mark.slow
 def test_killed_actors_leave_no_duplicate(
     documents: str, entropy_model_directory: str, patched: Path, tmp_path: Path
 ) -> None:

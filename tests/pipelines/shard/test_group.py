@@ -165,6 +165,7 @@ def test_a_file_that_goes_away_ends_the_job(tmp_path: Path) -> None:
         _write_one(group, config, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_no_torn_file_and_a_rerun_completes(tmp_path: Path) -> None:
     config = _config(_corpus(tmp_path / "in", documents=6000), shard_bytes=8_000, group_bytes=200_000)
     _write(config, tmp_path / "undisturbed")

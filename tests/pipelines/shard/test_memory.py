@@ -38,6 +38,7 @@ def _measure(corpus: Path, output: Path) -> tuple[int, int, int]:
     return text_bytes, quarantined, grown_kib // 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "line"])
 def test_memory_is_bounded_for_a_large_compressed_file_and_a_large_line(tmp_path: Path, kind: str) -> None:
     """80 MB of text with 4 MB held: 25 MiB were measured for documents, 8 for one line, and the same for 200 MB."""

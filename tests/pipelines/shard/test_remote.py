@@ -10,7 +10,7 @@ from pipelines.storage import Storage
 from tests.pipelines.shard.corpora import FORMATS, shard, tree, write_texts
 from tests.s3_server import S3Server
 
-pytestmark = [pytest.mark.s3, pytest.mark.ray]
+pytestmark = [pytest.mark.s3, pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.mark.usefixtures("ray_local")
