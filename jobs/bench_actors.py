@@ -34,6 +34,8 @@ class UnitClock:
     """Seconds since the epoch; the model is loaded already."""
     ended: float
     """After the commit."""
+    cpu_seconds: float
+    """Of all threads of the process, between the two."""
     peak_rss_bytes: int
     """Of the process so far."""
 
@@ -65,6 +67,19 @@ class PoolRun:
         """Bytes of text over the seconds in which actors were at work on a shard; of one actor."""
         return sum(commit.bytes for commit in self.commits) / sum(unit.ended - unit.began for unit in self.units)
 
+    @property
+    def bytes_per_cpu_second(self) -> float:
+        """Bytes of text over the CPU-seconds of the actors: what other processes on the machine disturb least."""
+        return sum(commit.bytes for commit in self.commits) / sum(unit.cpu_seconds for unit in self.units)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BareRun:
+    """What the entropy model did by itself."""
+
+    bytes_per_second: float
+    bytes_per_cpu_second: float
+
 
 class MeasuredPatchActor(PatchActor):
     """A patch actor that says when it was at work and how much memory it took."""
@@ -74,9 +89,15 @@ class MeasuredPatchActor(PatchActor):
         self._load()
         commits, clocks = [], []
         for unit in batch["unit"]:
-            began = time.time()
+            began, cpu_began = time.time(), time.process_time()
             commits += super().__call__({"unit": [unit]})["commit"]
-            clock = UnitClock(actor=os.getpid(), began=began, ended=time.time(), peak_rss_bytes=_peak_rss_bytes())
+            clock = UnitClock(
+                actor=os.getpid(),
+                began=began,
+                ended=time.time(),
+                cpu_seconds=time.process_time() - cpu_began,
+                peak_rss_bytes=_peak_rss_bytes(),
+            )
             clocks.append(msgspec.json.encode(clock).decode())
         return {"commit": commits, "clock": clocks}
 
@@ -102,8 +123,8 @@ def run_pool(config: PatchConfig, documents: str, entropy_model: str | None, out
     )
 
 
-def bare_bytes_per_second(config: PatchConfig, documents: str, entropy_model: str) -> float:
-    """Bytes of text per second of `document_entropies` alone, in this process, on the documents that actors read, a row
+def run_bare(config: PatchConfig, documents: str, entropy_model: str) -> BareRun:
+    """The speed of `document_entropies` alone, in this process, on the documents that actors read, a row
     group at a time: on as many threads as an actor has, the model loaded and warm.
     """
     plan = plan_dataset(config, read_manifest(documents), entropy_model)
@@ -123,10 +144,12 @@ def bare_bytes_per_second(config: PatchConfig, documents: str, entropy_model: st
         document_entropies(model, texts, reset_on_newline=patching.reset_on_newline, row_bytes=plan.row_bytes)
 
     infer([b"x" * 4 * plan.row_bytes, *[b"x" * 100] * 9])
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     for texts in groups:
         infer(texts)
-    return sum(unit.bytes for unit in plan.units) / (time.perf_counter() - began)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    num_bytes = sum(unit.bytes for unit in plan.units)
+    return BareRun(bytes_per_second=num_bytes / seconds, bytes_per_cpu_second=num_bytes / cpu_seconds)
 
 
 def _peak_rss_bytes() -> int:

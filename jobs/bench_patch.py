@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from blt.errors import ConfigError
 from blt.patching import PatchRule
-from jobs.bench_actors import PoolRun, bare_bytes_per_second, run_pool
+from jobs.bench_actors import BareRun, PoolRun, run_bare, run_pool
 from jobs.bench_corpus import repeated, sample_texts, write_corpus
 from jobs.bench_files import parquet_bytes_per_cpu_second, reader_bytes_per_cpu_second, stored_bytes
 from jobs.configuration import to_plain
@@ -104,30 +104,32 @@ def run(config: Config) -> BenchResult:
 
 def _throughput(config: Config, corpus: str, directory: Path) -> dict[str, Any]:
     """Bytes per second of the bare model, of one actor and of two, in turns."""
-    bare: list[float] = []
+    bare: list[BareRun] = []
     one: list[PoolRun] = []
     two: list[PoolRun] = []
     for repeat in range(config.repeats):
-        bare.append(bare_bytes_per_second(config.patch, corpus, config.entropy_model))
-        logger.info("bench repeat=%d bare bytes_per_second=%.0f", repeat, bare[-1])
+        bare.append(run_bare(config.patch, corpus, config.entropy_model))
+        logger.info("bench repeat=%d bare bytes_per_second=%.0f", repeat, bare[-1].bytes_per_second)
         for runs, num_actors, name in ((one, 1, "one"), (two, 2, "two")):
             output = str(directory / f"{name}-{repeat}")
             runs.append(run_pool(config.patch, corpus, config.entropy_model, output, num_actors))
             logger.info(
                 "bench repeat=%d actors=%d bytes_per_second=%.0f", repeat, num_actors, runs[-1].bytes_per_second
             )
-    alone = [run.bytes_per_second for run in one]
-    together = [run.bytes_per_second for run in two]
+    model, alone, together = ([run.bytes_per_second for run in runs] for runs in (bare, one, two))
+    model_cpu, alone_cpu, together_cpu = ([run.bytes_per_cpu_second for run in runs] for runs in (bare, one, two))
     commits = one[-1].commits
     return {
         "measured_bytes": sum(commit.bytes for commit in commits),
         "mean_patch_bytes": round(sum(c.bytes for c in commits) / sum(c.patches for c in commits), 4),
-        "bare_bytes_per_second": _summary(bare),
+        "bare_bytes_per_second": _summary(model),
         "one_actor_bytes_per_second": _summary(alone),
         "one_actor_busy_bytes_per_second": _summary([run.busy_bytes_per_second for run in one]),
         "two_actors_bytes_per_second": _summary(together),
-        "pipeline_to_bare": _summary([a / b for a, b in zip(alone, bare, strict=True)]),
-        "two_actors_to_one": _summary([b / a for a, b in zip(alone, together, strict=True)]),
+        "pipeline_to_bare": _ratios(alone, model),
+        "pipeline_to_bare_by_cpu_second": _ratios(alone_cpu, model_cpu),
+        "two_actors_to_one": _ratios(together, alone),
+        "two_actors_to_one_by_cpu_second": _ratios(together_cpu, alone_cpu),
         "stage_seconds": {
             stage: round(sum(getattr(commit.seconds, stage) for commit in commits), 3)
             for stage in ("reading", "inferring", "writing", "total")
@@ -174,6 +176,11 @@ def _circumstances(config: Config) -> dict[str, Any]:
         "versions": versions,
         "configuration": to_plain(config),
     }
+
+
+def _ratios(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+    """Of the figures of each repeat."""
+    return _summary([value / other for value, other in zip(values, others, strict=True)])
 
 
 def _summary(values: Sequence[float]) -> dict[str, Any]:

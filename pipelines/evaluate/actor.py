@@ -114,7 +114,9 @@ def _read_sources(storage: Storage, unit: EvaluateUnit) -> list[str]:
     """The source of each document of a row group."""
     try:
         with storage.open(unit.path) as file:
-            table = pq.ParquetFile(file).read_row_group(unit.row_group, columns=["source"])
+            table = pq.ParquetFile(file, pre_buffer=False).read_row_group(
+                unit.row_group, columns=["source"], use_threads=False
+            )
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read row group {unit.row_group} of {storage.url(unit.path)}: {error}") from error
     return [str(source) for source in table["source"].to_pylist()]

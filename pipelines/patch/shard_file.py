@@ -24,7 +24,7 @@ Starts = npt.NDArray[np.bool_]
 def open_shard(storage: Storage, path: str, file: BinaryIO, schema: pa.Schema = DOCUMENT_SCHEMA) -> pq.ParquetFile:
     """The Parquet file behind `file`, page checksums verified; DataError if it is none or has other columns."""
     try:
-        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        parquet = pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"cannot read shard {storage.url(path)}: {_one_line(error)}") from error
     if not parquet.schema_arrow.equals(schema):
@@ -38,7 +38,8 @@ def read_row_group(
 ) -> pa.Table:
     """One row group of the shard `path`, all columns or some; DataError, naming both, if it cannot be read."""
     try:
-        return parquet.read_row_group(index, columns=columns)
+        # On this thread: Arrow's own may hold the Python file beyond the end of the process, and abort it.
+        return parquet.read_row_group(index, columns=columns, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"shard {storage.url(path)}, row group {index}: cannot be read: {_one_line(error)}") from error
 

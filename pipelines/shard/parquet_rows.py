@@ -70,7 +70,9 @@ def _row_group(
     row, end = first, first + num_rows
     columns = [name for name in (source.text_key, source.id_key) if name in parquet.schema_arrow.names]
     with contextlib.suppress(pa.ArrowException, OSError):  # the rows that do not come are told of below
-        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=columns):
+        for batch in parquet.iter_batches(
+            batch_size=_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False
+        ):
             for text, doc_id in zip(_texts(batch, source), _ids(batch, source), strict=True):
                 yield _row(row, text, doc_id, source, max_line_bytes)
                 row += 1

@@ -17,7 +17,7 @@ def num_row_groups(storage: Storage, path: str) -> int:
     """Row groups of the shard at `path`; DataError, naming the file, if it cannot be read."""
     try:
         with storage.open(path) as file:
-            return int(pq.ParquetFile(file).num_row_groups)
+            return int(pq.ParquetFile(file, pre_buffer=False).num_row_groups)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read {storage.url(path)}: {error}") from error
 
@@ -29,9 +29,10 @@ def read_row_group(storage: Storage, path: str, number: int, with_text: bool = T
     """
     try:
         with storage.open(path) as file:
-            parquet = pq.ParquetFile(file)
+            parquet = pq.ParquetFile(file, pre_buffer=False)
             columns = {"n_bytes", "patch_starts"} & set(parquet.schema_arrow.names) | ({"text"} if with_text else set())
-            table = parquet.read_row_group(number, columns=sorted(columns)).combine_chunks()
+            # On this thread: Arrow's own may hold the Python file beyond the end of the process, and abort it.
+            table = parquet.read_row_group(number, columns=sorted(columns), use_threads=False).combine_chunks()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read row group {number} of {storage.url(path)}: {error}") from error
     lengths = table["n_bytes"].to_numpy().astype(np.int64)

@@ -55,7 +55,7 @@ def test_speed_is_summed_over_actors_and_leaves_out_their_start() -> None:
         )
 
     def clock(actor: int, began: float, ended: float) -> UnitClock:
-        return UnitClock(actor=actor, began=began, ended=ended, peak_rss_bytes=1)
+        return UnitClock(actor=actor, began=began, ended=ended, cpu_seconds=0.5, peak_rss_bytes=1)
 
     pool = PoolRun(
         commits=(commit(100), commit(200), commit(300)),
@@ -63,6 +63,7 @@ def test_speed_is_summed_over_actors_and_leaves_out_their_start() -> None:
     )
     assert pool.bytes_per_second == 400 / 4 + 200 / 1
     assert pool.busy_bytes_per_second == 600 / 4
+    assert pool.bytes_per_cpu_second == 600 / 1.5
 
 
 def test_files_are_measured_whole_and_text_alone(tmp_path: Path) -> None:
