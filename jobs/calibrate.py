@@ -6,13 +6,12 @@ thresholds, for all sources together and for each.
 
 from dataclasses import dataclass
 
-from blt.checkpoint import entropy_model_fingerprint
 from jobs.patch import NOT_IN_OUTPUT
 from jobs.progress import progress
 from jobs.ray_session import ray_session
 from jobs.record import JobResult, run_once
 from pipelines.manifest import read_manifest
-from pipelines.model_files import local_model
+from pipelines.model_files import model_fingerprint
 from pipelines.patch.calibrate import CalibrateConfig, calibrate
 from pipelines.patch.calibration import Calibration, write_calibration
 
@@ -32,7 +31,7 @@ class Config(CalibrateConfig):
 def run(config: Config) -> JobResult:
     """Calibrate into `config.output` unless that is done."""
     documents = read_manifest(config.documents)
-    model = entropy_model_fingerprint(local_model(config.entropy_model))
+    model = model_fingerprint(config.entropy_model)
     inputs = f"documents={documents.fingerprint} entropy_model={model}"
 
     def work() -> JobResult:

@@ -58,6 +58,8 @@ def resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if on_s3 and not place.partition("/")[0]:
         raise ConfigError(f"{uri!r} names no bucket")
     try:
+        if not separator:  # a path, in which "::" has no meaning
+            return LocalFileSystem(), str(LocalFileSystem._strip_protocol(uri))
         filesystem, path = fsspec.core.url_to_fs(uri, **(_s3_options() if on_s3 else {}))
     except (ValueError, ImportError) as error:
         raise ConfigError(f"cannot use {uri!r}: {error}") from error

@@ -7,6 +7,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+from blt.checkpoint import entropy_model_fingerprint
 from blt.errors import CheckpointError
 from pipelines.filesystem import BLOCK_BYTES
 from pipelines.storage import Storage
@@ -37,6 +38,25 @@ def local_model(uri: str) -> str:
         return str(Path(_downloads().name) / _download(storage.root_uri))
 
 
+def model_fingerprint(uri: str) -> str:
+    """Fingerprint of the entropy model in the directory `uri`, of which only config.json is read; CheckpointError."""
+    storage = Storage(uri)
+    if storage.is_local:
+        return entropy_model_fingerprint(storage.root_uri)
+    with tempfile.TemporaryDirectory(prefix="blt-config-") as directory:
+        try:
+            (Path(directory) / MODEL_FILES[0]).write_bytes(storage.read_bytes(MODEL_FILES[0]))
+        except FileNotFoundError as error:
+            raise _no_model(storage) from error
+        return entropy_model_fingerprint(directory)
+
+
+def _no_model(storage: Storage) -> CheckpointError:
+    return CheckpointError(
+        f"{storage.root_uri}: is not the directory of a model: {storage.url(MODEL_FILES[0])} does not exist"
+    )
+
+
 @functools.cache
 def _downloads() -> "tempfile.TemporaryDirectory[str]":
     """Of this process; removed when it ends."""
@@ -50,7 +70,7 @@ def _download(uri: str) -> str:
     sizes = storage.sizes()
     present = [path for path in MODEL_FILES if path in sizes]
     if MODEL_FILES[0] not in present:
-        raise CheckpointError(f"{uri}: is not the directory of a model: {storage.url(MODEL_FILES[0])} does not exist")
+        raise _no_model(storage)
     directory = uri.partition("://")[2]
     for path in present:
         target = Path(_downloads().name) / directory / path

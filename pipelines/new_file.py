@@ -127,8 +127,10 @@ class LocalTarget:
 
     def _open(self) -> BinaryIO:
         while True:
-            os.makedirs(os.path.dirname(self._temporary), exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another writer was the last and removed the directory
+            # Another writer that was the last one there may remove the directory at any moment.
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(os.path.dirname(self._temporary), exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
                 return open(self._temporary, "xb")
 
     def _remove_directory(self) -> None:

@@ -44,6 +44,9 @@ ENTROPY_FIELD = pa.field("entropies", pa.binary(), nullable=False)
 ROW_GROUP_BYTES = 8 * 2**20
 """Usual cap on the text of a row group: the unit of random access (measured best between 8 and 16 MB)."""
 
+MAX_ROW_GROUP_BYTES = 2**30
+"""Largest cap, and longest document: Arrow refuses row groups of more than 2 GiB of text."""
+
 
 def pack_starts(starts: npt.NDArray[np.bool_]) -> bytes:
     """Pack bool [n_bytes + 1] into ceil((n_bytes + 1) / 8) bytes, least significant bit first, zeros after the last."""

@@ -13,13 +13,12 @@ import msgspec
 import numpy as np
 import torch
 
-from blt.checkpoint import entropy_model_fingerprint
 from blt.entropy_model import EntropyModel, document_entropies
 from blt.errors import ConfigError
 from blt.patching import PatchRule
 from pipelines.actor_pool import ActorPoolConfig, run_units
 from pipelines.manifest import read_manifest
-from pipelines.model_files import local_model
+from pipelines.model_files import model_fingerprint
 from pipelines.patch.calibration import Calibration
 from pipelines.patch.model import load_model
 from pipelines.patch.plan import DEFAULT_MAX_PATCH_LENGTH, limited
@@ -104,7 +103,7 @@ def calibrate(
     quantized rule: if the target lies outside of what thresholds reach); DataError or CheckpointError for broken input.
     """
     manifest = read_manifest(documents)
-    fingerprint = entropy_model_fingerprint(local_model(entropy_model))
+    fingerprint = model_fingerprint(entropy_model)
     storage = Storage(documents)
     units = choose_sample(storage, manifest.split("train"), config.sample_bytes, config.seed)
     arguments = {

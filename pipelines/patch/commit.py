@@ -77,7 +77,8 @@ def is_claimed(storage: Storage, plan: PatchPlan) -> bool:
         return False
     if stored_hash == plan.hash:
         return True
-    if any(path.startswith((f"{COMMITS}/", *(f"{split}/" for split in SPLITS))) for path in storage.list()):
+    began = any(path.startswith((f"{COMMITS}/", *(f"{split}/" for split in SPLITS))) for path in storage.list())
+    if began or storage.leftovers(0):  # a shard that is being written, perhaps
         raise ConfigError(
             f"{storage.root_uri} was begun under another configuration: "
             f"{'; '.join(differences(settings, plan.settings))}; choose another output or remove the directory"

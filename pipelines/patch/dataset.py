@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
-from blt.checkpoint import entropy_model_fingerprint
 from blt.errors import ConfigError, DataError
 from blt.patching import PatchRule
 from pipelines.actor_pool import run_units
 from pipelines.manifest import Manifest, ShardEntry, read_manifest, write_manifest
-from pipelines.model_files import local_model
+from pipelines.model_files import model_fingerprint
 from pipelines.patch.actor import PatchActor, PatchSources
 from pipelines.patch.calibration import read_calibration
 from pipelines.patch.commit import COMMITS_PER_PART, Commit, claim, gather, read_commits
@@ -71,7 +70,7 @@ def plan_dataset(config: PatchConfig, documents: Manifest, entropy_model: str | 
     """
     fingerprint, reused = None, None
     if config.rule.needs_entropies and entropy_model is not None:
-        fingerprint = entropy_model_fingerprint(local_model(entropy_model))
+        fingerprint = model_fingerprint(entropy_model)
     if config.reuse_entropies is not None:
         reused = stored_origin(
             config.reuse_entropies, documents, entropy_model=fingerprint, reset_on_newline=config.reset_on_newline

@@ -16,7 +16,7 @@ from blt.errors import ConfigError, DataError
 from blt.patching import ENTROPY_STEPS_PER_NAT, PatchRule
 from pipelines.actor_pool import ActorPoolConfig
 from pipelines.manifest import Manifest, Patching, ShardEntry, Split
-from pipelines.schema import SCHEMA_VERSION
+from pipelines.schema import MAX_ROW_GROUP_BYTES, SCHEMA_VERSION
 
 DEFAULT_MAX_PATCH_LENGTH = 512
 """Longest patch in bytes where the rule sets no limit: the pipeline always has one, for patches must fit a sequence."""
@@ -50,6 +50,10 @@ class PatchConfig(ActorPoolConfig):
         for name, least in (("row_group_bytes", 1), ("verify_documents", 0), ("gc_older_than_seconds", 0)):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.row_group_bytes > MAX_ROW_GROUP_BYTES:
+            raise ConfigError(
+                f"row_group_bytes must be at most {MAX_ROW_GROUP_BYTES} (1 GiB), got {self.row_group_bytes}"
+            )
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit must be at least 1, got {self.limit}")
         if self.calibration is not None and self.rule.kind != "entropy":

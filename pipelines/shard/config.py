@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from blt.errors import ConfigError
-
-_MAX_LINE_BYTES = 2**30
-"""Arrow refuses row groups of more than 2 GiB of text, so one document must stay well below."""
+from pipelines.schema import MAX_ROW_GROUP_BYTES
 
 SourceFormat = Literal["auto", "jsonl", "txt", "parquet", "binary"]
 InvalidUtf8 = Literal["quarantine", "keep"]
@@ -91,8 +89,9 @@ class ShardConfig:
             raise ConfigError(f"stall_seconds must be above 0, got {self.stall_seconds}")
         if not 0 < self.valid_fraction < 1:
             raise ConfigError(f"valid_fraction must be above 0 and below 1, got {self.valid_fraction}")
-        if self.max_line_bytes > _MAX_LINE_BYTES:
-            raise ConfigError(f"max_line_bytes must be at most {_MAX_LINE_BYTES} (1 GiB), got {self.max_line_bytes}")
+        for name in ("max_line_bytes", "row_group_bytes"):
+            if getattr(self, name) > MAX_ROW_GROUP_BYTES:
+                raise ConfigError(f"{name} must be at most {MAX_ROW_GROUP_BYTES} (1 GiB), got {getattr(self, name)}")
 
     @property
     def all_sources(self) -> tuple[SourceConfig, ...]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO, Literal
 
 import fsspec
 
-from blt.errors import ConfigError, DataError
+from blt.errors import DataError
 from pipelines.filesystem import full_url, open_reader, resolve, storage_errors
 from pipelines.shard.config import SourceConfig, SourceFormat
 
@@ -89,7 +90,9 @@ def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
         depth += 1
         for url, name in result.items():
             if name in shared:
-                result[url] = "/".join(PurePosixPath(url).parts[-max(depth, name.count("/") + 2) :]).lstrip("/")
+                # An object's key may have empty parts, which tell it from another; a whole path keeps no root.
+                longer = "/".join(url.split("/")[-max(depth, name.count("/") + 2) :])
+                result[url] = longer.lstrip("/") if longer == url else longer
     return result
 
 
@@ -123,8 +126,6 @@ def _named_by(entry: str, expected: SourceFormat) -> Iterator[_Found]:
         filesystem, path = resolve(entry)
         with storage_errors(full_url(filesystem, path)):
             sizes, base = _listed(filesystem, path, entry)
-    except ConfigError as error:
-        raise DataError(f"cannot use input {entry!r}: {error}") from error
     except OSError as error:
         raise DataError(f"cannot read input {entry!r}: {one_line(error)}") from error
     if not base and expected == "auto" and _suffix(path) not in FORMATS:
@@ -175,8 +176,9 @@ def _suffix(name: str) -> str:
 
 
 def _inspect(found: _Found, name: str, expected: SourceFormat) -> InputFile:
-    if not name.isprintable():  # a surrogate stands for a byte that is not UTF-8
-        raise DataError(f"cannot use {found.url!r}: rename it to printable UTF-8")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        # A surrogate stands for a byte that is not UTF-8.
+        raise DataError(f"cannot use {found.url!r}: rename it to UTF-8 without control characters")
     compression = COMPRESSIONS.get(PurePosixPath(name.lower()).suffix) if expected in ("jsonl", "txt") else None
     format_, compression = FORMATS[_suffix(name)] if expected == "auto" else (expected, compression)
     return InputFile(

@@ -19,7 +19,7 @@ from pipelines.shard.adopt import create_or_adopt
 from pipelines.shard.config import ShardConfig
 from pipelines.shard.duplicates import Duplicates
 from pipelines.shard.plan import Group, Unit, balanced_cuts, shuffle_key, split_position
-from pipelines.shard.quarantine import RawRecord, write_raw
+from pipelines.shard.quarantine import QUARANTINE, RAW_QUARANTINE, RawRecord, write_raw
 from pipelines.shard.reader import Document, Rejected, UnitReader
 from pipelines.storage import Storage
 
@@ -88,7 +88,11 @@ def _finished(group: int, storage: Storage) -> GroupReceipt | None:
         receipt = read_receipt(group, storage)
     except FileNotFoundError:
         return None
-    return receipt if all(storage.exists(shard.path) for shard in receipt.shards) else None
+    there = all(storage.exists(shard.path) for shard in receipt.shards) and all(
+        storage.exists(f"{RAW_QUARANTINE}/{name}") or storage.exists(f"{QUARANTINE}/{name}")
+        for name in receipt.quarantine
+    )
+    return receipt if there else None
 
 
 @dataclass(slots=True)
@@ -157,7 +161,7 @@ class _GroupWriter:
         self._lowest, self._highest = min(self._lowest, position), max(self._highest, position)
         key = shuffle_key(self._config.seed, self._group.source, unit.file.name, document.offset)
         self._held.append(_Held(key, digest, document))
-        self._held_bytes += len(document.text) + _ROW_OVERHEAD_BYTES
+        self._held_bytes += len(document.text) + len(document.doc_id) + _ROW_OVERHEAD_BYTES
         self._counts["rows_out"] += 1
 
     def _reject(self, number: int, unit: Unit, row: Rejected) -> None:

@@ -40,10 +40,9 @@ class TextDecoder:
 
     def __init__(self, text_key: str, id_key: str, keep_invalid: bool) -> None:
         names = {"text": text_key, "id": id_key}
-        strict = msgspec.defstruct("Record", [("text", str), ("id", str | int | None, None)], rename=names)
-        raw = msgspec.defstruct(
-            "Record", [("text", msgspec.Raw), ("id", msgspec.Raw, msgspec.Raw(b"null"))], rename=names
-        )
+        doc_id = ("id", msgspec.Raw, msgspec.Raw(b"null"))
+        strict = msgspec.defstruct("Record", [("text", str), doc_id], rename=names)
+        raw = msgspec.defstruct("Record", [("text", msgspec.Raw), doc_id], rename=names)
         self._strict: msgspec.json.Decoder[Any] = msgspec.json.Decoder(strict)
         self._raw: msgspec.json.Decoder[Any] = msgspec.json.Decoder(raw)
         self._keep_invalid = keep_invalid
@@ -52,7 +51,8 @@ class TextDecoder:
         """The text's bytes and the id of one object. RefusedError, with a reason of one line, if it has no text."""
         try:
             record = self._strict.decode(line)
-            return record.text.encode(), None if record.id is None else str(record.id)
+            raw_id = bytes(record.id)
+            return record.text.encode(), msgspec.json.decode(raw_id, type=str) if raw_id[:1] == b'"' else _id(raw_id)
         except UnicodeDecodeError as error:
             if not self._keep_invalid:
                 raise RefusedError("not valid UTF-8") from error
@@ -127,14 +127,10 @@ def _string(raw: bytes) -> bytes:
 
 
 def _id(raw: bytes) -> str | None:
-    """The id as text; it is a label, so bytes that are no text are replaced."""
+    """The id as text: a label, so what is no string stays as it is written, and bytes that are no text are replaced."""
     if raw[:1] == b'"':
         return unescape(raw[1:-1]).decode(errors="replace")
-    try:
-        number = msgspec.json.decode(raw, type=str | int | None)
-    except msgspec.ValidationError as error:
-        raise RefusedError(f"{error} - at `$.id`") from error
-    return None if number is None else str(number)
+    return None if raw == b"null" else raw.decode(errors="replace")
 
 
 def _keys_of(line: bytes) -> str:

@@ -1,7 +1,6 @@
 """The rows of a Parquet file, or of the row groups that begin in a range of its bytes; damage is a row that says so."""
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,8 @@ from pipelines.shard.plan import Unit
 from pipelines.shard.text import refused
 
 _BATCH_ROWS = 64
+_READ_BYTES = 2**20
+"""Read at once: else Arrow takes the whole column of a row group, however large it is."""
 
 
 @dataclass(slots=True)
@@ -34,15 +35,16 @@ class ParquetRow:
 def read_parquet(stream: SourceReader, unit: Unit, source: SourceConfig, max_line_bytes: int) -> Iterator[ParquetRow]:
     """Every row of the unit in order. What concerns a whole file is told in the unit that begins at its start."""
     try:
-        parquet = pq.ParquetFile(stream, pre_buffer=False)
+        parquet = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BYTES)
+    except MemoryError:
+        raise  # Arrow's is one of its own errors, but says nothing of the file
     except (pa.ArrowException, OSError) as error:
         if not unit.start:
             yield ParquetRow(0, reason=f"damaged Parquet file, all of it is lost: {one_line(error)}")
         return
     metadata, names = parquet.metadata, parquet.schema_arrow.names
-    if source.text_key not in names:
+    if reason := _unusable(names, source):
         if not unit.start:
-            reason = f"no column {source.text_key!r} (columns: {', '.join(names[:8])})"
             yield ParquetRow(0, reason=reason, rows=max(1, metadata.num_rows))
         return
     first = 0
@@ -69,15 +71,29 @@ def _row_group(
     """The rows of one row group, of which the first is `first` of the file."""
     row, end = first, first + num_rows
     columns = [name for name in (source.text_key, source.id_key) if name in parquet.schema_arrow.names]
-    with contextlib.suppress(pa.ArrowException, OSError):  # the rows that do not come are told of below
+    damage = "they end early"
+    try:
         for batch in parquet.iter_batches(
             batch_size=_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False
         ):
             for text, doc_id in zip(_texts(batch, source), _ids(batch, source), strict=True):
                 yield _row(row, text, doc_id, source, max_line_bytes)
                 row += 1
+    except MemoryError:
+        raise
+    except (pa.ArrowException, OSError) as error:  # the rows that do not come are told of below
+        damage = one_line(error)
     if row < end:
-        yield ParquetRow(row, reason=f"damaged Parquet pages, {end - row} rows are lost", rows=end - row)
+        reason = f"damaged Parquet pages, {end - row} rows are lost: {damage}"
+        yield ParquetRow(row, reason=reason, rows=end - row)
+
+
+def _unusable(names: Sequence[str], source: SourceConfig) -> str | None:
+    """Why a file of these columns yields no documents, or None."""
+    if source.text_key not in names:
+        return f"no column {source.text_key!r} (columns: {', '.join(names[:8])})"
+    twice = [key for key in (source.text_key, source.id_key) if names.count(key) > 1]
+    return f"more than one column {twice[0]!r}" if twice else None
 
 
 def _texts(batch: pa.RecordBatch, source: SourceConfig) -> list[Any]:

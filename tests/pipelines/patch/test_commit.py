@@ -177,3 +177,14 @@ def test_a_finished_dataset_is_found_finished_with_a_handful_of_calls(
     assert time.perf_counter() - began < 5
     assert counted.calls == {"sizes": 1, "read_bytes": 3, "write_exclusive": 1}
     assert json.loads((tmp_path / "patches/stats.json").read_text())["total"]["seconds"] == 1000
+
+
+def test_another_plan_is_refused_while_a_shard_is_being_written(tmp_path: Path, plan: PatchPlan) -> None:
+    storage = Storage(str(tmp_path / "begun"))
+    claim(storage, plan)
+    other = dataclasses.replace(plan, row_group_bytes=plan.row_group_bytes + 1)
+    with storage.create("train/shard-00000-00000.parquet") as new:
+        new.write(b"not yet whole")
+        with pytest.raises(ConfigError, match="row_group_bytes"):
+            claim(storage, other)
+    assert is_claimed(storage, plan)

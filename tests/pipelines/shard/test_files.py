@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from blt.errors import DataError
+from blt.errors import ConfigError, DataError
 from pipelines.shard.config import SourceConfig
-from pipelines.shard.files import InputFile, find_files
+from pipelines.shard.files import InputFile, distinct_names, find_files, open_file
 
 
 def _write(root: Path, *names: str) -> None:
@@ -94,13 +94,12 @@ def test_the_ending_says_format_and_compression(tmp_path: Path, suffix: str) -> 
         ("*.jsonl", "holds no file"),
         ("empty", "holds no file"),
         ("table.csv", "must end in one of .jsonl"),
-        ("nosuchprotocol://x/y.jsonl", "cannot use input"),
     ],
 )
 def test_an_input_that_yields_nothing_is_named(tmp_path: Path, entry: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     _write(tmp_path, "table.csv")
-    entry = entry if "://" in entry else str(tmp_path / entry)
+    entry = str(tmp_path / entry)
     with pytest.raises(DataError, match=message) as error:
         _find(entry)
     assert entry in str(error.value)
@@ -111,3 +110,28 @@ def test_a_name_that_is_not_text_is_refused(tmp_path: Path) -> None:
         pass
     with pytest.raises(DataError, match="rename it"):
         _find(tmp_path)
+
+
+def test_an_unknown_protocol_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nosuchprotocol"):
+        find_files(SourceConfig(name="s", input=("nosuchprotocol://x/y.jsonl",)))
+
+
+def test_credentials_in_an_input_are_refused_unseen() -> None:
+    with pytest.raises(ConfigError, match="credentials") as error:
+        find_files(SourceConfig(name="s", input=("s3://AKIAPLANTED:planted-secret@bucket/x.jsonl",)))
+    assert "planted" not in str(error.value).lower()
+
+
+def test_keys_that_differ_in_empty_parts_get_names_of_their_own() -> None:
+    names = distinct_names({"s3://b/a//x.jsonl": "x.jsonl", "s3://b/a/x.jsonl": "x.jsonl", "s3://b/y.jsonl": "y.jsonl"})
+    assert names == {"s3://b/a//x.jsonl": "/x.jsonl", "s3://b/a/x.jsonl": "a/x.jsonl", "s3://b/y.jsonl": "y.jsonl"}
+
+
+@pytest.mark.parametrize("name", ["a::b.txt", "wide\u3000space.txt", "no\u00a0break.txt"])
+def test_unusual_names_are_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("text")
+    (found,) = find_files(SourceConfig(name="s", input=(str(tmp_path),)))
+    assert found.name == name
+    with open_file(found.url) as file:
+        assert file.read() == b"text"
