@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jobs.action import Action
 from jobs.progress import progress
 from jobs.ray_session import ray_session
-from jobs.record import JobResult, run_once
+from jobs.record import RECORD_NAME, JobResult, run_once
 from pipelines.manifest import Manifest, read_manifest
 from pipelines.patch.commit import is_claimed
 from pipelines.patch.dataset import patch_dataset, plan_dataset
@@ -61,7 +61,9 @@ def run(config: Config) -> JobResult:
     """Patch the documents into `config.output` unless that is done; incomplete if `config.limit` left some to do."""
     documents = read_manifest(config.documents)
     plan = plan_dataset(config, documents, config.entropy_model)
-    is_claimed(Storage(config.output), plan)  # refuses another plan by what differs: a record only knows the hash
+    storage = Storage(config.output)
+    is_claimed(storage, plan)  # refuses another plan by what differs: a record only knows the hash
+    _reopen_if_files_are_gone(storage, plan)
 
     def work() -> JobResult:
         with ray_session(), progress("patch", total=documents.bytes, unit="bytes") as bar:
@@ -69,6 +71,16 @@ def run(config: Config) -> JobResult:
         return _result(manifest, plan) if manifest else status(config)
 
     return run_once(config.output, config, f"plan={plan.hash}", work, ignore=NOT_IN_OUTPUT)
+
+
+def _reopen_if_files_are_gone(storage: Storage, plan: PatchPlan) -> None:
+    """Take back that the job is done if data files were removed since, so that they are made again."""
+    if not storage.exists(RECORD_NAME):
+        return
+    there = storage.sizes()
+    if missing := sum(unit.path not in there for unit in plan.units):
+        logger.warning("patch files_gone=%d of=%d path=%s", missing, len(plan.units), storage.root_uri)
+        storage.delete(RECORD_NAME)
 
 
 def _result(manifest: Manifest, plan: PatchPlan) -> JobResult:

@@ -70,13 +70,25 @@ def test_a_limit_does_a_part_and_the_next_run_the_rest(
     assert _last_json(capsys)["status"] == "skipped"
 
 
+def test_a_file_that_is_removed_is_made_again(config: Config, tmp_path: Path) -> None:
+    run(config)
+    before = {path: path.read_bytes() for path in (tmp_path / "patches").rglob("*.parquet")}
+    kept, removed = sorted(before)[:2]
+    written = kept.stat().st_mtime_ns
+    removed.unlink()
+    assert run(config).status == "done"
+    assert {path: path.read_bytes() for path in (tmp_path / "patches").rglob("*.parquet")} == before
+    assert kept.stat().st_mtime_ns == written
+    assert run(config).status == "skipped"
+
+
 def test_status_before_during_and_after(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main([*arguments, "--status"]) == 1
     assert _last_json(capsys)["shards_missing"] == 4
     main([*arguments, "--limit", "1"])
-    monkeypatch.setattr("pipelines.patch.dataset.entropy_model_fingerprint", None)  # no model is looked at
+    monkeypatch.setattr("pipelines.patch.dataset.model_fingerprint", None)  # no model is looked at
     assert main([*arguments, "--status"]) == 1
     during = _last_json(capsys)
     assert (during["documents"], during["bytes"], during["shards_done"]) == (3, 3004, 1)
