@@ -20,7 +20,7 @@ from pipelines.patch.commit import Commit, claim
 from pipelines.patch.dataset import plan_dataset
 from pipelines.patch.model import load_model
 from pipelines.patch.plan import PatchConfig
-from pipelines.patch.shard_file import read_row_groups
+from pipelines.patch.rows import read_row_groups
 from pipelines.storage import Storage
 
 

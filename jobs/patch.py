@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from jobs.action import Action
 from jobs.progress import progress
 from jobs.ray_session import ray_session
-from jobs.record import RECORD_NAME, JobResult, run_once
-from pipelines.manifest import Manifest, read_manifest
+from jobs.record import JobResult, run_once
+from pipelines.manifest import Manifest, is_whole, read_manifest
 from pipelines.patch.commit import is_claimed
 from pipelines.patch.dataset import patch_dataset, plan_dataset
 from pipelines.patch.estimate import estimate
@@ -61,26 +61,14 @@ def run(config: Config) -> JobResult:
     """Patch the documents into `config.output` unless that is done; incomplete if `config.limit` left some to do."""
     documents = read_manifest(config.documents)
     plan = plan_dataset(config, documents, config.entropy_model)
-    storage = Storage(config.output)
-    is_claimed(storage, plan)  # refuses another plan by what differs: a record only knows the hash
-    _reopen_if_files_are_gone(storage, plan)
+    is_claimed(Storage(config.output), plan)  # refuses another plan by what differs: a record only knows the hash
 
     def work() -> JobResult:
         with ray_session(), progress("patch", total=documents.bytes, unit="bytes") as bar:
             manifest = patch_dataset(config, config.documents, config.entropy_model, config.output, bar.advance)
         return _result(manifest, plan) if manifest else status(config)
 
-    return run_once(config.output, config, f"plan={plan.hash}", work, ignore=NOT_IN_OUTPUT)
-
-
-def _reopen_if_files_are_gone(storage: Storage, plan: PatchPlan) -> None:
-    """Take back that the job is done if data files were removed since, so that they are made again."""
-    if not storage.exists(RECORD_NAME):
-        return
-    there = storage.sizes()
-    if missing := sum(unit.path not in there for unit in plan.units):
-        logger.warning("patch files_gone=%d of=%d path=%s", missing, len(plan.units), storage.root_uri)
-        storage.delete(RECORD_NAME)
+    return run_once(config.output, config, f"plan={plan.hash}", work, ignore=NOT_IN_OUTPUT, is_whole=is_whole)
 
 
 def _result(manifest: Manifest, plan: PatchPlan) -> JobResult:

@@ -87,6 +87,7 @@ def run_once(
     work: Callable[[], JobResult],
     *,
     ignore: tuple[str, ...] = ("output",),
+    is_whole: Callable[[str], bool] = lambda output: True,
 ) -> JobResult:
     """Does the work unless OUTPUT/job.json says that it is done, and then records it.
 
@@ -94,7 +95,8 @@ def run_once(
     paths whose content `inputs_fingerprint` covers, resources). The same configuration and inputs give the recorded
     result with status "skipped"; others give a ConfigError that names what differs. An output without a record is
     unfinished and `work` goes on with it. The record keeps the whole configuration; a result with status "incomplete"
-    is not recorded, so that the next run goes on.
+    is not recorded, so that the next run goes on. `is_whole` says of a recorded output whether its files are still
+    there; if not, `work` goes on with it as well.
     """
     plain = to_plain(config)
     found = read_record(output)
@@ -104,8 +106,10 @@ def run_once(
                 f"{output}: holds the result of another configuration: {'; '.join(differing)}"
                 " (choose another output, or remove that directory)"
             )
-        logger.info("done before, skipped path=%s seconds=%.1f", output, found.result.seconds)
-        return dataclasses.replace(found.result, status="skipped", path=str(output))
+        if is_whole(str(output)):
+            logger.info("done before, skipped path=%s seconds=%.1f", output, found.result.seconds)
+            return dataclasses.replace(found.result, status="skipped", path=str(output))
+        logger.warning("done before, but files are gone since: going on path=%s", output)
     started = time.monotonic()
     result = dataclasses.replace(work(), seconds=round(time.monotonic() - started, 3), path=str(output))
     if result.status != "incomplete":

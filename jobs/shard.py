@@ -16,7 +16,7 @@ from jobs.configuration import to_plain
 from jobs.progress import progress
 from jobs.ray_session import ray_session
 from jobs.record import JobResult, run_once
-from pipelines.manifest import Manifest
+from pipelines.manifest import Manifest, is_whole
 from pipelines.shard import ShardConfig, collect_garbage, plan_corpus, shard_corpus, shard_status
 from pipelines.shard.plan import NOT_IN_OUTPUT
 
@@ -50,7 +50,7 @@ def run(config: Config) -> JobResult:
 
     places = (f"sources.{source.name}.input" for source in config.sources)
     ignore = ("output", "gc_older_than_seconds", *NOT_IN_OUTPUT, *places)
-    return run_once(config.output, _recorded(config), plan.inputs, work, ignore=ignore)
+    return run_once(config.output, _recorded(config), plan.inputs, work, ignore=ignore, is_whole=is_whole)
 
 
 def dry_run(config: Config) -> JobResult:

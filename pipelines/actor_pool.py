@@ -88,7 +88,8 @@ def run_units(
     num_actors = _pool_size(len(units), config)
     units_per_block = min(max(1, len(units) // (num_actors * _BLOCKS_PER_ACTOR)), _MOST_UNITS_PER_BLOCK)
     num_blocks = math.ceil(len(units) / units_per_block)
-    with quiet_ray_data(config.stall_seconds * units_per_block):
+    stall_seconds = config.stall_seconds * units_per_block
+    with quiet_ray_data(stall_seconds):
         try:
             yield from _dataset(units, num_blocks, actor, arguments, num_actors, config).iter_rows()
         except ray.exceptions.RayTaskError as error:
@@ -103,7 +104,10 @@ def run_units(
                 f"(out of memory?): {' '.join(str(error).split())[:300]}"
             ) from error
         except ExecutionTimeoutError as error:
-            raise BltError(f"no unit of work finished for stall_seconds={config.stall_seconds:g}") from error
+            raise BltError(
+                f"no block of {units_per_block} units of work finished for {stall_seconds:g} s "
+                f"(stall_seconds={config.stall_seconds:g} for each)"
+            ) from error
 
 
 def _dataset(

@@ -155,6 +155,12 @@ def read_manifest(root: str) -> Manifest:
     return manifest
 
 
+def is_whole(root: str) -> bool:
+    """Whether the manifest of the dataset at `root` and every shard that it lists are there, from one listing."""
+    there = Storage(root).sizes()
+    return MANIFEST_PATH in there and all(shard.path in there for shard in read_manifest(root).shards)
+
+
 def write_manifest(root: str, manifest: Manifest) -> None:
     """Write `manifest` last, once every shard that it names is committed."""
     text = msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=1)

@@ -122,7 +122,10 @@ class LocalTarget:
         except OSError:
             pass  # what a full disk could not take is not wanted any more; the file is closed all the same
         finally:
-            os.unlink(self._temporary)
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # taken for a leftover: must not replace the error that led here
+                os.unlink(self._temporary)
             self._remove_directory()
 
     def _open(self) -> BinaryIO:

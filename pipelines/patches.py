@@ -10,17 +10,16 @@ lengths in bytes of a document's patches: they sum to n_bytes, and leave out BOS
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from blt.errors import ConfigError, DataError
 from blt.patching import ENTROPY_STEPS_PER_NAT
 from pipelines.manifest import SPLITS, Manifest, ShardEntry, Split, read_manifest
 from pipelines.schema import ENTROPY_FIELD, patch_schema
+from pipelines.shard_file import ShardFile, open_shard
 from pipelines.storage import Storage
 
 PATCH_LENGTHS = pa.field("patch_lengths", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False)
@@ -157,42 +156,24 @@ def _read_shard(
     storage: Storage, path: str, columns: Sequence[str], schema: pa.Schema, verify: bool
 ) -> Iterator[pa.RecordBatch]:
     """The batches of one shard, whose file has this schema; DataError, naming it and the row group."""
-    url = storage.url(path)
-    with _opened(storage, path) as file:
-        try:
-            # No threads of Arrow here nor below: they may still let go of a Python file's buffers while the interpreter
-            # ends, which aborts the process (pyarrow 26: half of the processes that read a dataset and end at once).
-            parquet = pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=verify)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"cannot read shard {url}: {_one_line(error)}") from error
-        if not parquet.schema_arrow.equals(schema):
-            found = ", ".join(f"{field.name} {field.type}" for field in parquet.schema_arrow)
-            raise DataError(f"shard {url} has columns {found}; expected {', '.join(schema.names)}")
-        for number in range(parquet.num_row_groups):
-            try:
-                batch = _batch(parquet, number, columns)
-            except (pa.ArrowException, OSError, DataError) as error:
-                raise DataError(f"shard {url}, row group {number}: {_one_line(error)}") from error
-            yield batch
+    with open_shard(storage, path, schema, verify=verify) as shard:
+        for number in range(shard.num_row_groups):
+            yield _batch(shard, number, columns)
 
 
-def _opened(storage: Storage, path: str) -> BinaryIO:
-    try:
-        return storage.open(path)
-    except FileNotFoundError as error:
-        raise DataError(f"shard {storage.url(path)} is in the manifest but does not exist") from error
-
-
-def _batch(parquet: pq.ParquetFile, number: int, columns: Sequence[str]) -> pa.RecordBatch:
+def _batch(shard: ShardFile, number: int, columns: Sequence[str]) -> pa.RecordBatch:
     """One row group with these columns, in this order."""
     computed = PATCH_LENGTHS.name in columns
     stored = {*columns, *(_DECODED_FROM if computed else ())} - {PATCH_LENGTHS.name}
-    table = parquet.read_row_group(number, columns=sorted(stored), use_threads=False)
+    table = shard.read(number, sorted(stored))
     arrays = {name: _one_array(table[name]) for name in stored}
     fields = {field.name: field for field in table.schema} | {PATCH_LENGTHS.name: PATCH_LENGTHS}
     if computed:
         counts = (arrays[name].to_numpy().astype(np.int64) for name in ("n_bytes", "n_patches"))
-        arrays[PATCH_LENGTHS.name] = patch_lengths(arrays["patch_starts"], *counts)
+        try:
+            arrays[PATCH_LENGTHS.name] = patch_lengths(arrays["patch_starts"], *counts)
+        except DataError as error:
+            raise DataError(f"shard {shard.url}, row group {number}: {error}") from error
     schema = pa.schema([fields[name] for name in columns])
     return pa.RecordBatch.from_arrays([arrays[name] for name in columns], schema=schema)
 
@@ -224,7 +205,3 @@ def _known(name: str, given: Sequence[str], accepted: Sequence[str]) -> None:
     for value in given:
         if value not in accepted:
             raise ConfigError(f"{name}: {value!r} is not in the dataset; it has {', '.join(accepted)}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

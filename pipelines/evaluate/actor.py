@@ -9,15 +9,14 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from blt.checkpoint import LanguageModel, load
 from blt.entropy_model import document_nats
-from blt.errors import CheckpointError, DataError
+from blt.errors import CheckpointError
 from pipelines.evaluate.config import EvaluateConfig
 from pipelines.evaluate.scoring import document_lengths, document_patches, document_texts, score_documents
+from pipelines.shard_file import open_shard
 from pipelines.storage import Storage
 from pipelines.train.packing import RowGroup
 from pipelines.train.row_group import read_row_group
@@ -112,11 +111,6 @@ class EvaluateActor:
 
 def _read_sources(storage: Storage, unit: EvaluateUnit) -> list[str]:
     """The source of each document of a row group."""
-    try:
-        with storage.open(unit.path) as file:
-            table = pq.ParquetFile(file, pre_buffer=False).read_row_group(
-                unit.row_group, columns=["source"], use_threads=False
-            )
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read row group {unit.row_group} of {storage.url(unit.path)}: {error}") from error
+    with open_shard(storage, unit.path, verify=False) as shard:
+        table = shard.read(unit.row_group, ["source"])
     return [str(source) for source in table["source"].to_pylist()]

@@ -20,7 +20,7 @@ from pipelines.patch.metrics import PatchMetrics
 from pipelines.patch.model import load_model
 from pipelines.patch.plan import PatchPlan, PatchUnit
 from pipelines.patch.reuse import with_stored_entropies
-from pipelines.patch.shard_file import read_row_groups
+from pipelines.patch.rows import read_row_groups
 from pipelines.patch.stages import StageSeconds, run_stages
 from pipelines.storage import Storage
 

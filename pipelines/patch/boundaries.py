@@ -14,7 +14,7 @@ from blt.entropy_model import EntropyModel, document_entropies
 from blt.errors import DataError
 from blt.patching import document_patch_starts, quantize_entropies, stored_entropies
 from pipelines.patch.plan import PatchPlan
-from pipelines.patch.shard_file import Starts, patched_table
+from pipelines.patch.rows import Starts, patched_table
 from pipelines.schema import ENTROPY_FIELD, row_group_slices
 
 BATCH_BYTES = 2**20

@@ -16,8 +16,9 @@ from pipelines.manifest import ShardEntry
 from pipelines.patch.boundaries import batches, patch_documents
 from pipelines.patch.data_file import footer
 from pipelines.patch.plan import PatchPlan, differences, unit_of
-from pipelines.patch.shard_file import ContentHash, RowStream, open_shard, read_row_group, read_row_groups
+from pipelines.patch.rows import ContentHash, RowStream, read_row_groups
 from pipelines.schema import DOCUMENT_SCHEMA, ENTROPY_FIELD, pack_starts, patch_schema, unpack_starts
+from pipelines.shard_file import open_shard
 from pipelines.storage import Storage
 
 MOST_PROBLEMS = 20
@@ -85,13 +86,11 @@ class ShardCheck:
         found = self._output.sha256(shard.path)
         if found != shard.sha256:
             yield f"has sha256 {found[:12]}..., the manifest says {shard.sha256[:12]}..."
-        with self._output.open(shard.path) as file:
-            parquet = open_shard(self._output, shard.path, file, patch_schema(self._plan.store_entropies))
+        with open_shard(self._output, shard.path, patch_schema(self._plan.store_entropies)) as file:
             documents = RowStream(read_row_groups(self._documents, shard.path, self._plan.row_group_bytes))
-            for index in range(parquet.num_row_groups):
-                table = read_row_group(self._output, shard.path, parquet, index)
+            for table in file.tables():
                 yield from self._row_group(table, documents.take(table.num_rows), unit)
-            metadata = {key.decode(): value.decode() for key, value in (parquet.metadata.metadata or {}).items()}
+            metadata = file.footer
         counted = {"documents": self._row, "bytes": self._bytes, "patches": self._patches}
         for name, count in counted.items():
             if count != getattr(shard, name):

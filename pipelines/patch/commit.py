@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from blt.errors import ConfigError, DataError
-from pipelines.manifest import MANIFEST_PATH, SPLITS
+from pipelines.manifest import MANIFEST_PATH
 from pipelines.patch.plan import PatchPlan, differences
 from pipelines.patch.stages import StageSeconds
 from pipelines.storage import Storage
@@ -63,27 +63,24 @@ class Done:
 def claim(storage: Storage, plan: PatchPlan) -> None:
     """Write the plan into the dataset, or find the same one there; ConfigError naming what differs from another.
 
-    Another plan that nothing was done for (its run failed at once) gives way.
+    Another plan never gives way, not even where nothing of it shows yet: its driver may be starting its actors.
     """
-    if not storage.write_exclusive(PLAN_PATH, plan.to_json()) and not is_claimed(storage, plan):
-        storage.write_replace(PLAN_PATH, plan.to_json())
+    if not storage.write_exclusive(PLAN_PATH, plan.to_json()):
+        is_claimed(storage, plan)
 
 
 def is_claimed(storage: Storage, plan: PatchPlan) -> bool:
-    """Whether the dataset was begun under this plan; ConfigError if work was done under another, naming differences."""
+    """Whether the dataset was begun, under this plan; ConfigError if under another, naming what differs."""
     try:
         stored_hash, settings = read_plan(storage)
     except FileNotFoundError:
         return False
     if stored_hash == plan.hash:
         return True
-    began = any(path.startswith((f"{COMMITS}/", *(f"{split}/" for split in SPLITS))) for path in storage.list())
-    if began or storage.leftovers(0):  # a shard that is being written, perhaps
-        raise ConfigError(
-            f"{storage.root_uri} was begun under another configuration: "
-            f"{'; '.join(differences(settings, plan.settings))}; choose another output or remove the directory"
-        )
-    return False
+    raise ConfigError(
+        f"{storage.root_uri} was begun under another configuration: "
+        f"{'; '.join(differences(settings, plan.settings))}; choose another output or remove the directory"
+    )
 
 
 def read_plan(storage: Storage) -> tuple[str, dict[str, object]]:

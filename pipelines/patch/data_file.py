@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from blt.errors import DataError
 from pipelines.patch.plan import PatchPlan, PatchUnit, differences
-from pipelines.patch.shard_file import ContentHash, open_shard, read_row_group
+from pipelines.patch.rows import ContentHash
 from pipelines.schema import patch_schema, write_parquet
+from pipelines.shard_file import open_shard
 from pipelines.storage import Storage
 
 
@@ -81,10 +82,9 @@ def find_data_file(storage: Storage, plan: PatchPlan, unit: PatchUnit) -> DataFi
 
     DataError if it belongs to another plan, or its rows are not those that its footer promises.
     """
-    try:
-        size_bytes, metadata = _verified(storage, plan, unit)
-    except FileNotFoundError:
+    if not storage.exists(unit.path):
         return None
+    size_bytes, metadata = _verified(storage, plan, unit)
     wanted = footer(plan, unit, int(metadata["patches"]), metadata["content_sha256"])
     changed = differences({name: metadata.get(name) for name in wanted}, wanted)
     if changed:
@@ -96,13 +96,11 @@ def find_data_file(storage: Storage, plan: PatchPlan, unit: PatchUnit) -> DataFi
 
 def _verified(storage: Storage, plan: PatchPlan, unit: PatchUnit) -> tuple[int, Mapping[str, str]]:
     """Size and footer of a data file whose rows, patches and content hash were counted again."""
-    with storage.open(unit.path) as file:
-        parquet = open_shard(storage, unit.path, file, patch_schema(plan.store_entropies))
-        metadata = {key.decode(): value.decode() for key, value in (parquet.metadata.metadata or {}).items()}
-        tally = _Tally()
-        for index in range(parquet.num_row_groups):
-            tally.update(read_row_group(storage, unit.path, parquet, index))
-        size_bytes = file.seek(0, 2)
+    with open_shard(storage, unit.path, patch_schema(plan.store_entropies)) as file:
+        tally, metadata = _Tally(), file.footer
+        for table in file.tables():
+            tally.update(table)
+        size_bytes = file.size_bytes
     found = {
         "content_sha256": tally.content.hexdigest,
         "documents": str(tally.documents),

@@ -14,7 +14,7 @@ from pipelines.patch.boundaries import patch_documents
 from pipelines.patch.commit import is_claimed, read_commits
 from pipelines.patch.model import load_model
 from pipelines.patch.plan import PatchConfig, PatchPlan
-from pipelines.patch.shard_file import read_row_groups
+from pipelines.patch.rows import read_row_groups
 from pipelines.patch.stats import PatchStats, total_stats
 from pipelines.storage import Storage
 

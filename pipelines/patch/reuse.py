@@ -12,7 +12,7 @@ from blt.errors import ConfigError, DataError
 from pipelines.manifest import Manifest, read_manifest
 from pipelines.patch.commit import read_plan
 from pipelines.patch.plan import EntropyOrigin
-from pipelines.patch.shard_file import RowStream, stored_columns
+from pipelines.patch.rows import RowStream, stored_columns
 from pipelines.schema import ENTROPY_FIELD
 from pipelines.storage import Storage
 

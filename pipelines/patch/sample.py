@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from blt.errors import DataError
 from pipelines.manifest import ShardEntry
-from pipelines.patch.shard_file import open_shard, read_row_group
+from pipelines.schema import DOCUMENT_SCHEMA
+from pipelines.shard_file import open_shard
 from pipelines.storage import Storage
 
 _MIN_SHARDS = 32
@@ -128,26 +129,19 @@ def choose_rows(
 
 def read_sample(storage: Storage, unit: SampleUnit) -> Iterator[bytes]:
     """Texts of the unit's rows, in order; row groups without one of them are not read."""
-    with storage.open(unit.path) as file:
-        parquet = open_shard(storage, unit.path, file)
+    with open_shard(storage, unit.path, DOCUMENT_SCHEMA) as shard:
         first = 0
-        for group in range(parquet.num_row_groups):
-            after = first + parquet.metadata.row_group(group).num_rows
+        for group in range(shard.num_row_groups):
+            after = first + shard.num_rows(group)
             wanted = [row - first for row in unit.rows if first <= row < after]
             if wanted:
-                table = read_row_group(storage, unit.path, parquet, group, ["text"])
-                yield from table["text"].take(wanted).to_pylist()
+                yield from shard.read(group, ["text"])["text"].take(wanted).to_pylist()
             first = after
 
 
 def _read_sizes(storage: Storage, path: str) -> npt.NDArray[np.int64]:
-    try:
-        with storage.open(path) as file:
-            parquet = open_shard(storage, path, file)
-            tables = [read_row_group(storage, path, parquet, i, ["n_bytes"]) for i in range(parquet.num_row_groups)]
-    except FileNotFoundError as error:
-        raise DataError(f"shard {storage.url(path)} is in the manifest but does not exist") from error
-    return np.concatenate([np.empty(0, np.int64), *(table["n_bytes"].to_numpy() for table in tables)])
+    with open_shard(storage, path, DOCUMENT_SCHEMA) as shard:
+        return np.concatenate([np.empty(0, np.int64), *(t["n_bytes"].to_numpy() for t in shard.tables(["n_bytes"]))])
 
 
 def _units(

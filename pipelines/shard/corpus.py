@@ -16,6 +16,7 @@ from pipelines.manifest import MANIFEST_PATH, Manifest, ShardEntry, SourceCounts
 from pipelines.shard.config import ShardConfig
 from pipelines.shard.dedup import find_duplicates
 from pipelines.shard.duplicates import Duplicates
+from pipelines.shard.files import is_hidden, searched_directory
 from pipelines.shard.group import GroupReceipt, read_receipt, receipt_path, write_group
 from pipelines.shard.plan import Group, ShardPlan
 from pipelines.shard.quarantine import QUARANTINE, RAW_QUARANTINE, finish_quarantine, lines_before
@@ -34,7 +35,7 @@ def shard_corpus(plan: ShardPlan, config: ShardConfig, output: str, on_progress:
     begun with other settings or other inputs.
     """
     storage = Storage(output)
-    _refuse_output_in_input(plan, storage)
+    _refuse_output_in_input(plan, config, storage)
     _freeze(plan, storage)
     stood = storage.exists(MANIFEST_PATH)
     try:
@@ -153,9 +154,13 @@ def _finish_one(unit: bytes, *, storage: Storage) -> bytes:
     return b""
 
 
-def _refuse_output_in_input(plan: ShardPlan, storage: Storage) -> None:
+def _refuse_output_in_input(plan: ShardPlan, config: ShardConfig, storage: Storage) -> None:
     """A second run would read what the first one wrote."""
     root = storage.root_uri + "/"
+    for entry in (entry for source in config.all_sources for entry in source.input):
+        base = searched_directory(entry)
+        if base is not None and root.startswith(base + "/") and not is_hidden(root.removeprefix(base + "/")):
+            raise ConfigError(f"output {storage.root_uri} lies inside input {entry}: choose another output")
     for file in (file for files in plan.files.values() for file in files):
         if file.url.startswith(root):
             raise ConfigError(f"input file {file.url} lies inside the output {storage.root_uri}: choose another output")

@@ -83,6 +83,19 @@ def find_files(source: SourceConfig) -> tuple[InputFile, ...]:
     return tuple(sorted(files, key=lambda file: file.name))
 
 
+def searched_directory(entry: str) -> str | None:
+    """The directory, as a path or URI, of which an input takes files at every depth; None for one that does not."""
+    filesystem, path = resolve(entry)
+    with storage_errors(full_url(filesystem, path)):
+        base = path if filesystem.isdir(path) else _fixed_part(path) if "**" in path else None
+    return None if base is None else full_url(filesystem, base).rstrip("/")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether directories and globs pass over the file of this name (its path below them)."""
+    return any(part[0] in "._" for part in PurePosixPath(name).parts)
+
+
 def distinct_names(names: Mapping[str, str]) -> dict[str, str]:
     """`names` (url -> name) with parent directories of the url put before names that several files share."""
     result, depth = dict(names), 1
@@ -131,7 +144,7 @@ def _named_by(entry: str, expected: SourceFormat) -> Iterator[_Found]:
     if not base and expected == "auto" and _suffix(path) not in FORMATS:
         raise DataError(f"input {entry!r} must end in one of {', '.join(FORMATS)}, or format be given")
     names = {file: str(PurePosixPath(file).relative_to(base)) if base else PurePosixPath(file).name for file in sizes}
-    visible = [f for f, name in names.items() if not base or all(p[0] not in "._" for p in PurePosixPath(name).parts)]
+    visible = [file for file, name in names.items() if not base or not is_hidden(name)]
     wanted = [file for file in visible if expected != "auto" or _suffix(file) in FORMATS]
     if len(wanted) < len(visible):
         _LOGGER.warning("input=%s files_of_other_kinds_passed_over=%d", entry, len(visible) - len(wanted))

@@ -15,6 +15,8 @@ from pipelines.shard.plan import Unit
 from pipelines.shard.text import refused
 
 _BATCH_ROWS = 64
+_BATCH_BYTES = 8 * 2**20
+"""Of a batch of usual rows, at most; a longer row comes alone."""
 _READ_BYTES = 2**20
 """Read at once: else Arrow takes the whole column of a row group, however large it is."""
 
@@ -74,7 +76,10 @@ def _row_group(
     damage = "they end early"
     try:
         for batch in parquet.iter_batches(
-            batch_size=_BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False
+            batch_size=_batch_rows(parquet.metadata.row_group(group)),
+            row_groups=[group],
+            columns=columns,
+            use_threads=False,
         ):
             for text, doc_id in zip(_texts(batch, source), _ids(batch, source), strict=True):
                 yield _row(row, text, doc_id, source, max_line_bytes)
@@ -86,6 +91,11 @@ def _row_group(
     if row < end:
         reason = f"damaged Parquet pages, {end - row} rows are lost: {damage}"
         yield ParquetRow(row, reason=reason, rows=end - row)
+
+
+def _batch_rows(row_group: pq.RowGroupMetaData) -> int:
+    """Rows to hold at a time, by their mean size."""
+    return max(1, min(_BATCH_ROWS, int(_BATCH_BYTES * row_group.num_rows // max(1, row_group.total_byte_size))))
 
 
 def _unusable(names: Sequence[str], source: SourceConfig) -> str | None:

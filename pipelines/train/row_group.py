@@ -6,20 +6,17 @@ Works on document shards (every byte a patch) and on patch shards (starts from t
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from blt.errors import DataError
+from pipelines.shard_file import open_shard
 from pipelines.storage import Storage
 from pipelines.train.packing import Integers, RowGroup, join_documents
 
 
 def num_row_groups(storage: Storage, path: str) -> int:
     """Row groups of the shard at `path`; DataError, naming the file, if it cannot be read."""
-    try:
-        with storage.open(path) as file:
-            return int(pq.ParquetFile(file, pre_buffer=False).num_row_groups)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read {storage.url(path)}: {error}") from error
+    with open_shard(storage, path) as shard:
+        return shard.num_row_groups
 
 
 def read_row_group(storage: Storage, path: str, number: int, with_text: bool = True) -> RowGroup:
@@ -27,14 +24,9 @@ def read_row_group(storage: Storage, path: str, number: int, with_text: bool = T
 
     DataError, naming the file, if it cannot be read or its columns do not agree.
     """
-    try:
-        with storage.open(path) as file:
-            parquet = pq.ParquetFile(file, pre_buffer=False)
-            columns = {"n_bytes", "patch_starts"} & set(parquet.schema_arrow.names) | ({"text"} if with_text else set())
-            # On this thread: Arrow's own may hold the Python file beyond the end of the process, and abort it.
-            table = parquet.read_row_group(number, columns=sorted(columns), use_threads=False).combine_chunks()
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read row group {number} of {storage.url(path)}: {error}") from error
+    with open_shard(storage, path, verify=False) as shard:
+        columns = {"n_bytes", "patch_starts"} & set(shard.columns) | ({"text"} if with_text else set())
+        table = shard.read(number, sorted(columns)).combine_chunks()
     lengths = table["n_bytes"].to_numpy().astype(np.int64)
     name = f"row group {number} of {storage.url(path)}"
     text = _joined(table["text"], lengths, name) if with_text else np.zeros(int(lengths.sum()), np.uint8)

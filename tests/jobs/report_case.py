@@ -18,7 +18,7 @@ from jobs.report_run import COMMANDS
 from pipelines.evaluate.evaluation import Evaluation, write_evaluation
 from pipelines.manifest import Manifest, Patching, ShardEntry, read_manifest, write_manifest
 from pipelines.patch.calibration import Calibration, CalibrationRow, SourceCalibration, write_calibration
-from pipelines.patch.shard_file import patched_table, read_row_groups
+from pipelines.patch.rows import patched_table, read_row_groups
 from pipelines.schema import PATCH_SCHEMA
 from pipelines.storage import Storage
 from tests.parquet_bytes import encode_parquet

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.ray
 
 # Ray is started in a process of its own, for it reads much of the environment once, when it is first imported.
 PROGRAM = """
-import json, os, sys, time
+import json, os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell begins with it ignored
 import ray
 from jobs.ray_session import ray_session
 import psutil

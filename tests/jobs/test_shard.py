@@ -26,6 +26,11 @@ def test_done_then_skipped_then_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert (result["documents"], result["quarantined"]) == (len(SPEECHES.read_text().splitlines()), 0)
     code, again, _ = _run(capsys, *settings)
     assert (code, again) == (0, {**result, "status": "skipped"})
+    (removed,) = (tmp_path / "out" / "valid").iterdir()
+    content = removed.read_bytes()
+    removed.unlink()
+    assert _run(capsys, *settings)[1]["status"] == "done"
+    assert removed.read_bytes() == content
     code, _, errors = _run(capsys, *settings, "seed=1")
     assert code == 2
     assert "seed" in errors

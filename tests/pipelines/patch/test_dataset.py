@@ -4,12 +4,15 @@ import dataclasses
 import hashlib
 import json
 import signal
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 
 from blt.checkpoint import fingerprint
@@ -257,12 +260,40 @@ def test_what_does_not_fit_is_named_and_leaves_no_manifest(
 def test_an_error_in_an_actor_reaches_the_driver_as_it_is(tmp_path: Path) -> None:
     root = write_documents(tmp_path / "documents", {"train/shard-00000.parquet": [b"one two", b"three"]})
     Path(root, "train/shard-00000.parquet").write_bytes(b"PAR1 torn")
+    config = PatchConfig(rule=PatchRule(kind="space"))
     with pytest.raises(DataError, match=r"shard-00000\.parquet") as raised:
-        patch_dataset(PatchConfig(rule=PatchRule(kind="space")), root, None, str(tmp_path / "patches"))
+        patch_dataset(config, root, None, str(tmp_path / "patches"))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "patches/manifest.json").exists()
     write_documents(tmp_path / "mended", {"train/shard-00000.parquet": [b"one two", b"three"]})
-    config = PatchConfig(rule=PatchRule(kind="byte"))  # nothing was done under the plan that failed: it gives way
     manifest = patch_dataset(config, str(tmp_path / "mended"), None, str(tmp_path / "patches"))
     assert manifest is not None
     assert manifest.documents == 2
+
+
+def test_the_figures_are_on_the_metrics_page_of_ray(tmp_path: Path) -> None:
+    shards = {f"train/shard-{i:05d}.parquet": [prose(i, 3000)] for i in range(3)}
+    root = write_documents(tmp_path / "documents", shards, sources=dict.fromkeys(shards, "scraped"))
+    manifest = patch_dataset(PatchConfig(rule=PatchRule(kind="space")), root, None, str(tmp_path / "patches"))
+    assert manifest is not None
+    patches = sum(shard.patches or 0 for shard in manifest.shards)
+    wanted = {"documents_total": manifest.documents, "bytes_total": manifest.bytes, "patches_total": patches}
+    deadline = time.monotonic() + 30
+    while (found := _scraped("scraped")).items() & wanted.items() != wanted.items():
+        assert time.monotonic() < deadline, f"{found}, wanted {wanted}"
+        time.sleep(0.2)
+    seconds = {f"{stage}_seconds_total" for stage in ("reading", "inferring", "writing")}
+    assert found.keys() == wanted.keys() | seconds | {"actor_bytes_per_second"}
+
+
+def _scraped(source: str) -> dict[str, float]:
+    """Sums over actors of the patch metrics of a source, by name."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+        lines = page.read().decode().splitlines()
+    sums: dict[str, float] = {}
+    for line in lines:
+        if line.startswith("ray_blt_patch_") and f'source="{source}"' in line:
+            name = line.partition("{")[0].removeprefix("ray_blt_patch_")
+            sums[name] = sums.get(name, 0.0) + float(line.rpartition(" ")[2])
+    return sums

@@ -161,3 +161,18 @@ def test_output_inside_the_input_is_refused(tmp_path: Path) -> None:
     _corpus(tmp_path / "in")
     with pytest.raises(ConfigError, match="lies inside the output"):
         shard(_config(tmp_path / "in"), tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.jsonl"])
+def test_output_that_the_input_would_read_is_refused_before_anything_is_written(tmp_path: Path, pattern: str) -> None:
+    _corpus(tmp_path / "in")
+    config = _config(f"{tmp_path / 'in'}{pattern}")
+    with pytest.raises(ConfigError, match=r"output .*in/out lies inside input .*in"):
+        shard(config, tmp_path / "in" / "out")
+    assert not (tmp_path / "in" / "out").exists()
+
+
+def test_output_that_the_input_passes_over_is_fine(tmp_path: Path) -> None:
+    _corpus(tmp_path / "in")
+    shard(_config(f"{tmp_path / 'in'}"), tmp_path / "in" / "_documents")
+    shard(_config(f"{tmp_path / 'in'}/*.jsonl"), tmp_path / "in" / "documents")

@@ -8,7 +8,7 @@ import pytest
 
 from blt.errors import DataError
 from blt.patching import PatchRule, document_patch_starts
-from pipelines.patch.shard_file import ContentHash, patched_table, read_row_groups
+from pipelines.patch.rows import ContentHash, patched_table, read_row_groups
 from pipelines.schema import DOCUMENT_SCHEMA, PATCH_SCHEMA, unpack_starts
 from pipelines.storage import Storage
 from tests.parquet_bytes import encode_parquet

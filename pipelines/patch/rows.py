@@ -1,47 +1,23 @@
-"""One shard in and out: row groups of a document shard, and the same rows with patch starts.
+"""The rows of a shard: row groups of documents in, the same rows with patch starts out, and the hash of their values.
 
 A row group at a time: memory is bounded by the row group, whatever the shard holds.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from blt.errors import DataError
 from pipelines.schema import DOCUMENT_SCHEMA, ENTROPY_FIELD, pack_starts, patch_schema, row_group_slices
+from pipelines.shard_file import open_shard
 from pipelines.storage import Storage
 
 Starts = npt.NDArray[np.bool_]
 """Bool [n_bytes + 1] of one document."""
-
-
-def open_shard(storage: Storage, path: str, file: BinaryIO, schema: pa.Schema = DOCUMENT_SCHEMA) -> pq.ParquetFile:
-    """The Parquet file behind `file`, page checksums verified; DataError if it is none or has other columns."""
-    try:
-        parquet = pq.ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"cannot read shard {storage.url(path)}: {_one_line(error)}") from error
-    if not parquet.schema_arrow.equals(schema):
-        names = ", ".join(f"{field.name} {field.type}" for field in parquet.schema_arrow)
-        raise DataError(f"shard {storage.url(path)} has columns {names}; expected {', '.join(schema.names)}")
-    return parquet
-
-
-def read_row_group(
-    storage: Storage, path: str, parquet: pq.ParquetFile, index: int, columns: Sequence[str] | None = None
-) -> pa.Table:
-    """One row group of the shard `path`, all columns or some; DataError, naming both, if it cannot be read."""
-    try:
-        # On this thread: Arrow's own may hold the Python file beyond the end of the process, and abort it.
-        return parquet.read_row_group(index, columns=columns, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"shard {storage.url(path)}, row group {index}: cannot be read: {_one_line(error)}") from error
 
 
 def read_row_groups(storage: Storage, path: str, row_group_bytes: int) -> Iterator[pa.Table]:
@@ -49,16 +25,10 @@ def read_row_groups(storage: Storage, path: str, row_group_bytes: int) -> Iterat
 
     DataError, naming the file, for a missing or broken shard or a text that is not n_bytes long.
     """
-    try:
-        file = storage.open(path)
-    except FileNotFoundError as error:
-        raise DataError(f"shard {storage.url(path)} is in the manifest but does not exist") from error
-    with file:
-        parquet = open_shard(storage, path, file)
-        for index in range(parquet.num_row_groups):
-            table = read_row_group(storage, path, parquet, index)
+    with open_shard(storage, path, DOCUMENT_SCHEMA) as shard:
+        for index, table in enumerate(shard.tables()):
             if not pc.binary_length(table["text"]).cast(pa.int64()).equals(table["n_bytes"]):
-                raise DataError(f"shard {storage.url(path)}, row group {index}: n_bytes is not the length of text")
+                raise DataError(f"shard {shard.url}, row group {index}: n_bytes is not the length of text")
             for rows in row_group_slices(table["n_bytes"].to_pylist(), row_group_bytes):
                 yield table.slice(rows.start, rows.stop - rows.start)
 
@@ -77,14 +47,8 @@ def patched_table(
 
 def stored_columns(storage: Storage, path: str, columns: Sequence[str]) -> Iterator[pa.Table]:
     """Some columns of a patch file that stores entropies, a row group at a time; DataError for a broken file."""
-    try:
-        file = storage.open(path)
-    except FileNotFoundError as error:
-        raise DataError(f"shard {storage.url(path)} is in the manifest but does not exist") from error
-    with file:
-        parquet = open_shard(storage, path, file, patch_schema(True))
-        for index in range(parquet.num_row_groups):
-            yield read_row_group(storage, path, parquet, index, columns)
+    with open_shard(storage, path, patch_schema(True)) as shard:
+        yield from shard.tables(columns)
 
 
 class RowStream:
@@ -129,7 +93,3 @@ class ContentHash:
     @property
     def hexdigest(self) -> str:
         return self._sha256.hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
