@@ -6,11 +6,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from blt.errors import DataError
 from pipelines.manifest import Manifest, ShardEntry, SourceCounts, read_manifest, write_manifest
 from pipelines.schema import DOCUMENT_SCHEMA, ROW_GROUP_BYTES, row_group_slices, write_parquet
+from pipelines.shard_file import open_shard
 from pipelines.storage import Storage
 
 SOURCE = "bench"
@@ -34,8 +34,8 @@ def sample_texts(documents: str, num_bytes: int, longest_bytes: int, seed: int) 
         if not turns:
             raise DataError(f"{documents} has {missing} bytes less than bytes={num_bytes} in documents that are fit")
         path, number, done = turns.popleft()
-        with storage.open(path) as file:
-            table = pq.ParquetFile(file, pre_buffer=False).read_row_group(number, columns=["text"], use_threads=False)
+        with open_shard(storage, path, DOCUMENT_SCHEMA) as shard:
+            table = shard.read(number, ["text"])
         fit = [text for text in table["text"].to_pylist() if len(text) <= longest_bytes][done:]
         piece = _take(iter(fit), min(piece_bytes, missing))
         chosen += piece
@@ -49,8 +49,8 @@ def _row_groups(storage: Storage, paths: Sequence[str]) -> list[tuple[str, int]]
     """Path and number of each row group of the shards."""
     places = []
     for path in paths:
-        with storage.open(path) as file:
-            places += [(path, number) for number in range(pq.ParquetFile(file, pre_buffer=False).num_row_groups)]
+        with open_shard(storage, path, DOCUMENT_SCHEMA) as shard:
+            places += [(path, number) for number in range(shard.num_row_groups)]
     return places
 
 

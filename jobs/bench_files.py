@@ -2,15 +2,15 @@
 
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.manifest import read_manifest
 from pipelines.patches import open_patches
-from pipelines.schema import write_parquet
+from pipelines.schema import DOCUMENT_SCHEMA, write_parquet
+from pipelines.shard_file import open_shard
 from pipelines.storage import Storage
 
 
@@ -31,14 +31,9 @@ def stored_bytes(patches: str) -> StoredBytes:
     sizes = storage.sizes()
     for shard in manifest.shards:
         whole += sizes[shard.path]
-        with storage.open(shard.path) as file:
-            parquet = pq.ParquetFile(file, pre_buffer=False)
-            groups = range(parquet.num_row_groups)
+        with open_shard(storage, shard.path) as file:
             sink = io.BytesIO()
-            schema = pa.schema([parquet.schema_arrow.field("text")])
-            write_parquet(
-                sink, (parquet.read_row_group(n, columns=["text"], use_threads=False) for n in groups), schema, {}
-            )
+            write_parquet(sink, file.tables(["text"]), pa.schema([DOCUMENT_SCHEMA.field("text")]), {})
             alone += sink.tell()
     return StoredBytes(whole=whole / manifest.bytes, text=alone / manifest.bytes)
 
@@ -59,21 +54,11 @@ def parquet_bytes_per_cpu_second(patches: str) -> float:
     def read() -> int:
         rows = 0
         for shard in read_manifest(patches).shards:
-            with storage.open(shard.path) as file:
-                parquet = pq.ParquetFile(file, pre_buffer=False)
-                rows += sum(
-                    parquet.read_row_group(number, use_threads=False).num_rows
-                    for number in range(parquet.num_row_groups)
-                )
+            with open_shard(storage, shard.path, verify=False) as file:
+                rows += sum(table.num_rows for table in file.tables())
         return rows
 
     return _bytes_per_cpu_second(patches, read)
-
-
-def _tables(parquet: pq.ParquetFile, columns: Sequence[str] | None) -> Iterator[pa.Table]:
-    """The row groups of a file, decoded on this thread."""
-    for number in range(parquet.num_row_groups):
-        yield parquet.read_row_group(number, columns=columns, use_threads=False)
 
 
 def _bytes_per_cpu_second(patches: str, read: Callable[[], int]) -> float:

@@ -7,7 +7,6 @@ function of the rows and the plan alone, so that a shard done twice has the same
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
-import torch
 from torch import Tensor
 
 from blt.entropy_model import EntropyModel, document_entropies
@@ -73,4 +72,4 @@ def _read_entropies(row: dict[str, object]) -> Tensor:
     assert isinstance(n_bytes, int)
     if len(values) != n_bytes + 1:
         raise DataError(f"document {row['doc_id']} has {len(values)} stored entropies for {n_bytes} bytes")
-    return stored_entropies(torch.frombuffer(bytearray(values), dtype=torch.uint8))
+    return stored_entropies(values)
