@@ -91,6 +91,11 @@ def entropy_model_fingerprint(directory: str | Path) -> str:
     return _parse(Path(directory) / "config.json", lambda values: _text(values, "fingerprint"), "entropy_model")
 
 
+def entropy_model_config(directory: str | Path) -> EntropyModelConfig:
+    """The shape that an entropy model's config.json states; CheckpointError."""
+    return _parse(Path(directory) / "config.json", _entropy_model_config, "entropy_model")[0]
+
+
 def language_model_config(directory: str | Path) -> "LanguageModelConfig":
     """What a language model's config.json says, without a look at its weights; CheckpointError."""
     return _parse(Path(directory) / "config.json", _language_model_config, "blt")

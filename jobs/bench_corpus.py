@@ -1,4 +1,4 @@
-"""The documents that a measurement runs on: a seeded sample of a document dataset, as a dataset of equal shards."""
+"""The documents that a measurement runs on: a seeded sample of a document dataset, or seeded words; as a dataset."""
 
 import itertools
 import random
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import pyarrow as pa
 
 from blt.errors import DataError
-from pipelines.manifest import Manifest, ShardEntry, SourceCounts, read_manifest, write_manifest
+from pipelines.manifest import Manifest, ShardEntry, SourceCounts, Split, read_manifest, write_manifest
 from pipelines.schema import DOCUMENT_SCHEMA, ROW_GROUP_BYTES, row_group_slices, write_parquet
 from pipelines.shard_file import open_shard
 from pipelines.storage import Storage
@@ -54,16 +54,33 @@ def _row_groups(storage: Storage, paths: Sequence[str]) -> list[tuple[str, int]]
     return places
 
 
-def write_corpus(root: str, texts: Iterable[bytes], num_bytes: int, num_shards: int) -> None:
+def prose(seed: int, num_documents: int, document_bytes: int) -> list[bytes]:
+    """Documents of words drawn from a small vocabulary, the frequent ones first; the same for a seed."""
+    source = random.Random(seed)
+    letters = "etaoinshrdlucmfwypvbgk"
+    words = ["".join(source.choices(letters, range(len(letters), 0, -1), k=source.randint(1, 9))) for _ in range(2000)]
+    weights = list(itertools.accumulate(1 / (rank + 1) for rank in range(len(words))))
+
+    def document() -> bytes:  # a word takes two bytes or more
+        return " ".join(source.choices(words, cum_weights=weights, k=document_bytes // 2 + 1)).encode()[:document_bytes]
+
+    return [document() for _ in range(num_documents)]
+
+
+def write_corpus(
+    root: str, texts: Iterable[bytes], num_bytes: int, num_shards: int, valid: Sequence[bytes] = ()
+) -> None:
     """A document dataset of `num_shards` shards of about num_bytes / num_shards of text each; consumes `texts` as it
-    writes, and no more of them than that.
+    writes, and no more of them than that. `valid`: documents of a held-out shard, where there is to be one.
     """
     storage, texts = Storage(root), iter(texts)
     entries: list[ShardEntry] = []
     for number in range(num_shards):
         written = sum(entry.bytes for entry in entries)
         wanted = num_bytes * (number + 1) // num_shards - written
-        entries.append(_write_shard(storage, number, _take(texts, wanted)))
+        entries.append(_write_shard(storage, "train", number, _take(texts, wanted)))
+    if valid:
+        entries.append(_write_shard(storage, "valid", 0, valid))
     rows, held = sum(entry.documents for entry in entries), sum(entry.bytes for entry in entries)
     counts = SourceCounts(rows_in=rows, rows_out=rows, quarantined=0, filtered=0, bytes=held)
     write_manifest(root, Manifest(kind="documents", shards=tuple(entries), counts={SOURCE: counts}))
@@ -83,13 +100,11 @@ def _take(texts: Iterator[bytes], num_bytes: int) -> list[bytes]:
     return taken
 
 
-def _write_shard(storage: Storage, number: int, texts: Sequence[bytes]) -> ShardEntry:
-    path, sizes = f"train/shard-{number:05d}.parquet", [len(text) for text in texts]
-    columns = [[f"{number}:{row}" for row in range(len(texts))], [SOURCE] * len(texts), list(texts), sizes]
+def _write_shard(storage: Storage, split: Split, number: int, texts: Sequence[bytes]) -> ShardEntry:
+    path, sizes = f"{split}/shard-{number:05d}.parquet", [len(text) for text in texts]
+    columns = [[f"{split}:{number}:{row}" for row in range(len(texts))], [SOURCE] * len(texts), list(texts), sizes]
     table = pa.table(columns, schema=DOCUMENT_SCHEMA)
     tables = (table.slice(rows.start, rows.stop - rows.start) for rows in row_group_slices(sizes, ROW_GROUP_BYTES))
     with storage.create(path) as new:
         write_parquet(new, tables, DOCUMENT_SCHEMA, {})
-    return ShardEntry(
-        path=path, split="train", source=SOURCE, documents=len(texts), bytes=sum(sizes), sha256=new.sha256
-    )
+    return ShardEntry(path=path, split=split, source=SOURCE, documents=len(texts), bytes=sum(sizes), sha256=new.sha256)

@@ -4,24 +4,20 @@ The last line of standard output holds every figure as the median of the repeats
 goals. Runs of the model, of one actor and of two take turns, so that a machine that slows down slows all of them.
 """
 
-import contextlib
-import importlib.metadata
-import json
 import logging
 import os
 import statistics
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from blt.errors import ConfigError
 from blt.patching import PatchRule
 from jobs.bench_actors import BareRun, PoolRun, run_bare, run_pool
+from jobs.bench_circumstances import BenchResult, circumstances, working_directory
 from jobs.bench_corpus import repeated, sample_texts, write_corpus
 from jobs.bench_files import parquet_bytes_per_cpu_second, reader_bytes_per_cpu_second, stored_bytes
-from jobs.configuration import to_plain
 from jobs.ray_session import ray_session
 from pipelines.patch.dataset import patch_dataset
 from pipelines.patch.plan import PatchConfig
@@ -75,21 +71,9 @@ class Config:
             raise ConfigError("patch.reuse_entropies runs no entropy model: leave it out")
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchResult:
-    """The figures, as `to_json` prints them."""
-
-    figures: dict[str, Any]
-    status: Literal["done"] = "done"
-
-    def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps({"status": self.status} | self.figures, ensure_ascii=False)
-
-
 def run(config: Config) -> BenchResult:
     """Measure everything; takes about bytes * repeats * 2.5 / (bytes per second of the model), and a minute."""
-    with _directory(config) as directory:
+    with working_directory(config.directory) as directory:
         texts = sample_texts(config.documents, config.bytes, config.bytes // config.shards, config.seed)
         corpus = str(directory / "documents")
         write_corpus(corpus, texts, config.bytes, config.shards)
@@ -99,7 +83,7 @@ def run(config: Config) -> BenchResult:
             patch_dataset(config.patch, corpus, config.entropy_model, made)
             figures |= _memory(config, texts, directory)
         figures |= _files(config.patches or made, config.repeats)
-        return BenchResult(figures=_circumstances(config) | figures | {"goals": GOALS})
+        return BenchResult(figures=circumstances(config, config.patch.device) | figures | {"goals": GOALS})
 
 
 def _throughput(config: Config, corpus: str, directory: Path) -> dict[str, Any]:
@@ -168,16 +152,6 @@ def _files(patches: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def _circumstances(config: Config) -> dict[str, Any]:
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "pyarrow", "ray", "blt-ray")}
-    return {
-        "device": config.patch.device,
-        "cpus": os.cpu_count(),
-        "versions": versions,
-        "configuration": to_plain(config),
-    }
-
-
 def _ratios(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
     """Of the figures of each repeat."""
     return _summary([value / other for value, other in zip(values, others, strict=True)])
@@ -186,17 +160,3 @@ def _ratios(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
 def _summary(values: Sequence[float]) -> dict[str, Any]:
     digits = 3 if max(values) < 100 else 0
     return {"median": round(statistics.median(values), digits), "repeats": [round(value, digits) for value in values]}
-
-
-@contextlib.contextmanager
-def _directory(config: Config) -> Iterator[Path]:
-    """An empty directory to work in."""
-    if config.directory is None:
-        with tempfile.TemporaryDirectory(prefix="blt-bench-") as directory:
-            yield Path(directory)
-        return
-    given = Path(config.directory).absolute()
-    given.mkdir(parents=True, exist_ok=True)
-    if any(given.iterdir()):
-        raise ConfigError(f"directory {given} is not empty")
-    yield given

@@ -18,7 +18,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import FrameType
 
 import ray
@@ -28,6 +28,7 @@ from ray._private import ray_constants
 import psutil  # type: ignore[import-untyped]  # bundled with Ray, which puts it on the path
 
 from blt.errors import ConfigError
+from pipelines.environment import environment_defaults
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +53,14 @@ def ray_session(num_cpus: int | None = None, object_store_bytes: int = OBJECT_ST
         if ray.is_initialized():
             yield
         elif address := os.environ.get("RAY_ADDRESS"):
-            with _environment(_QUIET | _TRAIN), _connected(address):
+            with environment_defaults(_QUIET | _TRAIN), _connected(address):
                 yield
         else:
-            with _environment(_QUIET | _TRAIN | _EMBEDDED), _loopback_only(), _embedded(num_cpus, object_store_bytes):
+            with (
+                environment_defaults(_QUIET | _TRAIN | _EMBEDDED),
+                _loopback_only(),
+                _embedded(num_cpus, object_store_bytes),
+            ):
                 yield
 
 
@@ -128,18 +133,6 @@ def _processes_of(directory: str) -> list[psutil.Process]:
             if any(directory in argument for argument in child.cmdline()):
                 own += [child, *child.children(recursive=True)]
     return own
-
-
-@contextlib.contextmanager
-def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
-    """Sets the variables that the user has not set, for Ray and its workers, and takes them back afterwards."""
-    added = {name: value for name, value in defaults.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager

@@ -5,27 +5,17 @@ Writes OUTPUT/model (which eval, generate and Python's blt.load read), metrics.j
 
 from dataclasses import dataclass
 
+from blt.entropy_model import EntropyModelConfig
 from blt.model import BLTConfig
 from jobs.progress import progress
 from jobs.ray_session import ray_session
 from jobs.record import JobResult, run_once
 from pipelines.manifest import read_manifest
 from pipelines.train.config import TrainConfig
-from pipelines.train.job import TrainJob, check_entropy_model
+from pipelines.train.job import RESOURCES, TrainJob, check_entropy_model, check_init_from
 from pipelines.train.trainer import TrainResult, resolve_job, train
 
-NOT_IN_OUTPUT = (
-    "output",
-    "data",
-    "documents",
-    "entropy_model",
-    "workers",
-    "micro_batch",
-    "cpus_per_worker",
-    "gpus_per_worker",
-    "wait_for_resources",
-    "max_failures",
-)
+NOT_IN_OUTPUT = ("output", "data", "documents", "entropy_model", "init_from", *RESOURCES)
 """Keys that have no say in the output: resources, and paths whose content the fingerprint of the inputs covers."""
 
 
@@ -59,7 +49,13 @@ def run(config: Config) -> JobResult:
         with ray_session():
             return follow(resolve_job(config, config.model, config.data, config.output, config.entropy_model))
 
-    return run_once(config.output, config, f"data={manifest.fingerprint}", work, ignore=NOT_IN_OUTPUT)
+    inputs = f"data={manifest.fingerprint}" + init_of(config.init_from, config.model)
+    return run_once(config.output, config, inputs, work, ignore=NOT_IN_OUTPUT)
+
+
+def init_of(init_from: str | None, model: BLTConfig | EntropyModelConfig) -> str:
+    """What identifies the weights that a run starts from, if they are given. ConfigError if they do not fit."""
+    return "" if init_from is None else f" init={check_init_from(init_from, model)}"
 
 
 def follow(job: TrainJob) -> JobResult:
@@ -79,6 +75,7 @@ def follow(job: TrainJob) -> JobResult:
 
 def result_of(result: TrainResult) -> JobResult:
     """The figures that a training command reports."""
+    account = result.account
     return JobResult(
         bytes=result.bytes,
         bpb=round(result.valid_bpb, 4),
@@ -88,5 +85,9 @@ def result_of(result: TrainResult) -> JobResult:
             "train_loss": round(result.loss, 4),
             "bytes_per_second": round(result.bytes_per_second),
             "data_wait_fraction": round(result.data_wait_fraction, 5),
+            "interruptions": len(account.interruptions),
+            "steps_redone": account.steps_redone,
+            "seconds_lost": account.seconds_lost,
+            "goodput": round(account.goodput, 4),
         },
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from blt.entropy_model import EntropyModelConfig
 from jobs.ray_session import ray_session
 from jobs.record import JobResult, run_once
-from jobs.train import NOT_IN_OUTPUT, follow
+from jobs.train import NOT_IN_OUTPUT, follow, init_of
 from pipelines.manifest import read_manifest
 from pipelines.train.config import TrainConfig
 from pipelines.train.trainer import resolve_job
@@ -40,4 +40,5 @@ def run(config: Config) -> JobResult:
         with ray_session():
             return follow(resolve_job(config, config.model, config.documents, config.output))
 
-    return run_once(config.output, config, f"documents={manifest.fingerprint}", work, ignore=NOT_IN_OUTPUT)
+    inputs = f"documents={manifest.fingerprint}" + init_of(config.init_from, config.model)
+    return run_once(config.output, config, inputs, work, ignore=NOT_IN_OUTPUT)

@@ -38,6 +38,20 @@ def local_model(uri: str) -> str:
         return str(Path(_downloads().name) / _download(storage.root_uri))
 
 
+def store_model(directory: str | Path, uri: str) -> None:
+    """Put the model in a local directory at `uri`, file by file; a reader finds config.json last."""
+    storage = Storage(uri)
+    for path in MODEL_FILES:
+        storage.delete(path)
+    for path in reversed(MODEL_FILES):
+        source = Path(directory) / path
+        if not source.exists():
+            continue
+        with source.open("rb") as file, storage.create(path) as new:
+            while block := file.read(BLOCK_BYTES):
+                new.write(block)
+
+
 def model_fingerprint(uri: str) -> str:
     """Fingerprint of the entropy model in the directory `uri`, of which only config.json is read; CheckpointError."""
     storage = Storage(uri)

@@ -26,10 +26,10 @@ def make_batch(sequences: Sequence[PackedSequence], with_patches: bool) -> Batch
         ids[row, :given] = sequence.ids_M[:given]
         targets[row, : len(sequence.ids_M) - 1] = sequence.ids_M[1:]
         targets[row, : max(sequence.context - 1, 0)] = NO_TARGET
-        targets[row, sequence.fragment_starts[1:] - 1] = NO_TARGET
-        opens = np.zeros(len(sequence.ids_M), np.int32)
-        opens[sequence.fragment_starts] = 1
-        documents[row, :given] = (np.cumsum(opens) - 1)[:given]
+        documents[row, :given] = 0
+        for number, start in enumerate(sequence.fragment_starts[1:].tolist(), 1):
+            documents[row, start:given] = number
+            targets[row, start - 1] = NO_TARGET
     return Batch(
         byte_ids_BT=torch.from_numpy(ids),
         targets_BT=torch.from_numpy(targets),
@@ -40,9 +40,11 @@ def make_batch(sequences: Sequence[PackedSequence], with_patches: bool) -> Batch
 
 def _patch_lengths(sequences: Sequence[PackedSequence], length: int) -> torch.Tensor:
     """int32 [B,P]; a row's padding is one more patch, so that every row sums to length + 1."""
-    rows = [np.append(s.patch_lengths, max(length + 1 - len(s.ids_M), 0)) for s in sequences]
-    rows = rows or [np.asarray([1, length])]
-    lengths = np.zeros((len(rows), max(len(row) for row in rows)), np.int32)
-    for number, row in enumerate(rows):
-        lengths[number, : len(row)] = row
+    if not sequences:
+        return torch.tensor([[1, length]], dtype=torch.int32)
+    lengths = np.zeros((len(sequences), max(len(sequence.patch_lengths) for sequence in sequences) + 1), np.int32)
+    for row, sequence in zip(lengths, sequences, strict=True):
+        num_patches = len(sequence.patch_lengths)
+        row[:num_patches] = sequence.patch_lengths
+        row[num_patches] = max(length + 1 - len(sequence.ids_M), 0)
     return torch.from_numpy(lengths)

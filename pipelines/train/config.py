@@ -1,5 +1,6 @@
 """What a training run is asked to do, apart from the model's shape and where things are."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,12 +26,29 @@ class TrainConfig:
     """Of the initial weights and the order of the data."""
     shuffle_row_groups: int = 8
     """Row groups whose sequences are shuffled together."""
+    sources: Mapping[str, float] | None = None
+    """Weight of each source in the order of the data; null = by their size. A source that is not named is not read."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
+    init_from: str | None = None
+    """Directory of a trained model whose weights the run starts from; optimiser and schedule start anew."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the matrix products; weights and optimiser state stay float32."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again: nothing; all but matrix products; whole blocks."""
+    compile: bool = False
+    """torch.compile each transformer block; without a compiler the run goes on uncompiled and says so."""
+    deterministic: bool = False
+    """Refuse operations whose result may differ between two runs on the same machine."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """On a loss or gradient that is not finite: stop the run, or skip the update."""
+    survival: Literal["sharded", "replicated"] = "sharded"
+    """How a lost worker is survived. sharded: weights are spread over the workers, and all start again from the newest
+    checkpoint; replicated: every worker holds the whole model, and the others go on at once."""
     workers: int = 1
-    """Ray Train workers."""
+    """Ray Train workers; the most, where min_workers is given."""
+    min_workers: int | None = None
+    """Go on with as few workers as this when nodes are lost, and grow again when they come back; null = always all."""
     cpus_per_worker: float = 1.0
     """CPUs of a worker, and its compute threads."""
     gpus_per_worker: float = 0.0
@@ -48,7 +66,9 @@ class TrainConfig:
     wait_for_resources: bool = False
     """true on an autoscaling cluster: wait for nodes instead of refusing what the cluster cannot hold now."""
     max_failures: int = 3
-    """Failures of the worker group that are recovered from, each from the newest checkpoint."""
+    """Failures of workers that are recovered from; preemptions announced by the cluster do not count."""
+    hang_seconds: float = 300.0
+    """A worker that makes no progress for this long is ended and counts as failed."""
 
     def __post_init__(self) -> None:
         positive = ("steps", "global_batch", "micro_batch", "sequence_bytes", "shuffle_row_groups", "workers")
@@ -59,3 +79,12 @@ class TrainConfig:
             raise ConfigError(f"sequence_patches must be at least 2, got {self.sequence_patches}")
         if self.cpus_per_worker <= 0 or self.gpus_per_worker < 0:
             raise ConfigError("cpus_per_worker must be above 0 and gpus_per_worker at least 0")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.workers:
+            raise ConfigError(f"min_workers must lie between 1 and workers {self.workers}, got {self.min_workers}")
+        if not self.hang_seconds > 0 or self.max_failures < 0:
+            raise ConfigError("hang_seconds must be above 0 and max_failures at least 0")
+        for name, weight in (self.sources or {}).items():
+            if not 0 < weight < float("inf"):
+                raise ConfigError(f"sources: the weight of {name!r} must be a finite number above 0, got {weight}")
+        if self.sources is not None and not self.sources:
+            raise ConfigError("sources must name one source or more, or be null")

@@ -3,18 +3,18 @@
 Row groups are read whole, decoded once and kept while the order needs them (its window plus one).
 """
 
-import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 from blt.step import Batch
 from pipelines.storage import Storage
 from pipelines.train.batch import make_batch
+from pipelines.train.config import TrainConfig
 from pipelines.train.index import Index
-from pipelines.train.order import Order, micro_steps, rank_slots
+from pipelines.train.order import MixedOrder, micro_steps, rank_slots, sequence_id
 from pipelines.train.packing import Integers, PackedSequence, RowGroup, cut_sequences, take_sequence
 from pipelines.train.row_group import read_row_group
 
@@ -46,27 +46,59 @@ class SequenceReader:
 
 @dataclass(frozen=True, kw_only=True)
 class FeedConfig:
-    """Which part of the order a rank reads."""
+    """The order that is read."""
 
     seed: int
     shuffle_row_groups: int
     global_batch: int
     micro_batch: int
-    rank: int
-    world_size: int
+    sources: Mapping[str, float] | None = None
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "FeedConfig":
+        """What a training run says of it."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatches:
+    """What a rank computes of a step."""
+
+    batches: list[Batch]
+    """As many on every rank, the last ones empty where slots run out."""
+    sequence_hash: int
+    """Sum of the `sequence_id`s that were read, modulo 2**64."""
+    patches: int
+    """Patches of the sequences, those that open a fragment not counted."""
+
+
+Request = tuple[int, int, int]
+"""Step, rank, world size."""
 
 
 class Feed:
-    """Iterates over (step, micro-batches) from `first_step` to `end_step`; a context manager that ends its thread."""
+    """Gives any rank's micro-batches of any step; a context manager that ends its thread.
 
-    def __init__(self, root: str, index: Index, config: FeedConfig, first_step: int, end_step: int) -> None:
-        self._config, self._index = config, index
-        self._steps = range(first_step, end_step)
-        counts = tuple(group.sequences for group in index.row_groups)
-        self._order = Order(counts, config.seed, config.shuffle_row_groups)
-        self._reader = SequenceReader(root, index, config.shuffle_row_groups + 1)
-        self._queue: queue.Queue[tuple[int, list[Batch]] | BaseException] = queue.Queue(PREFETCHED_STEPS)
-        self._stopped = threading.Event()
+    A thread reads and assembles the steps that follow the last one asked for, for the same rank and world size. Asking
+    for anything else drops those and begins there, with the row groups that are in memory.
+    """
+
+    def __init__(self, root: str, index: Index, config: FeedConfig, end_step: int, *, pin_memory: bool = False) -> None:
+        self._config, self._end, self._pin_memory = config, end_step, pin_memory
+        self._with_patches = index.sequence_patches is not None
+        self._order = MixedOrder(
+            [group.sequences for group in index.row_groups],
+            [group.source for group in index.row_groups],
+            seed=config.seed,
+            window=config.shuffle_row_groups,
+            weights=config.sources,
+        )
+        self._reader = SequenceReader(root, index, (config.shuffle_row_groups + 1) * self._order.num_sources)
+        self._changed = threading.Condition()
+        self._next: Request | None = None
+        """What the thread assembles next; None: nothing was asked for yet."""
+        self._ready: dict[Request, StepBatches | BaseException] = {}
+        self._stopped = False
         self._thread = threading.Thread(target=self._fill, name="feed", daemon=True)
         self.waited_seconds = 0.0
         """Time that the consumer stood still for data."""
@@ -76,48 +108,60 @@ class Feed:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stopped.set()
-        while self._thread.is_alive():
-            self._drain()
-            self._thread.join(0.05)
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._thread.join()
 
-    def __iter__(self) -> Iterator[tuple[int, list[Batch]]]:
-        for _ in self._steps:
-            asked = time.perf_counter()
-            item = self._queue.get()
-            self.waited_seconds += time.perf_counter() - asked
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+    def step(self, step: int, rank: int, world_size: int) -> StepBatches:
+        """A rank's micro-batches of a step; what the thread raised while it made them is raised here."""
+        wanted, asked = (step, rank, world_size), time.perf_counter()
+        with self._changed:
+            if wanted not in self._ready and wanted != self._next:
+                self._ready.clear()
+                self._next = wanted
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: wanted in self._ready)
+            found = self._ready.pop(wanted)
+            self._changed.notify_all()
+        self.waited_seconds += time.perf_counter() - asked
+        if isinstance(found, BaseException):
+            raise found
+        return found
 
-    def batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of a step: as many on every rank, the last ones empty where slots run out."""
+    def assemble(self, step: int, rank: int, world_size: int) -> StepBatches:
+        """A rank's micro-batches of a step, made here and now."""
         config = self._config
-        slots = rank_slots(config.global_batch, config.rank, config.world_size)
-        places = [self._order.place(step * config.global_batch + slot) for slot in slots]
+        positions = [step * config.global_batch + slot for slot in rank_slots(config.global_batch, rank, world_size)]
+        places = [self._order.place(position) for position in positions]
         sequences = [self._reader.read(*place) for place in places]
         size = config.micro_batch
-        wanted = micro_steps(config.global_batch, size, config.world_size)
-        with_patches = self._index.sequence_patches is not None
-        return [make_batch(sequences[i * size : (i + 1) * size], with_patches) for i in range(wanted)]
+        wanted = micro_steps(config.global_batch, size, world_size)
+        batches = [make_batch(sequences[i * size : (i + 1) * size], self._with_patches) for i in range(wanted)]
+        return StepBatches(
+            batches=[batch.pinned() for batch in batches] if self._pin_memory else batches,
+            sequence_hash=sum(map(sequence_id, positions, places)) % 2**64,
+            patches=sum(len(one.patch_lengths) - len(one.fragment_starts) for one in sequences),
+        )
 
     def _fill(self) -> None:
-        try:
-            for step in self._steps:
-                if not self._put((step, self.batches(step))):
-                    return
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: tuple[int, list[Batch]] | BaseException) -> bool:
-        while not self._stopped.is_set():
+        while (request := self._awaited()) is not None:
             try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+                made: StepBatches | BaseException = self.assemble(*request)
+            except BaseException as error:
+                made = error
+            with self._changed:
+                if self._next == request:  # else something else was asked for meanwhile
+                    step, *share = request
+                    self._ready[request] = made
+                    self._next = (step + 1, *share)  # type: ignore[assignment]
+                    self._changed.notify_all()
 
-    def _drain(self) -> None:
-        while not self._queue.empty():
-            self._queue.get_nowait()
+    def _awaited(self) -> Request | None:
+        """The next step to assemble, once there is room for it; None when the feed is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._has_work())
+            return None if self._stopped else self._next
+
+    def _has_work(self) -> bool:
+        return self._next is not None and self._next[0] < self._end and len(self._ready) < PREFETCHED_STEPS

@@ -22,6 +22,7 @@ class IndexedRowGroup:
     """A row group and the number of sequences it is cut into."""
 
     path: str
+    source: str
     row_group: int
     sequences: int
 
@@ -59,7 +60,8 @@ def build_index(
     if found is not None and found.dataset == manifest.fingerprint:
         return found
     read = ray.remote(num_cpus=1)(index_shard)
-    pending = [read.remote(root, shard.path, sequence_patches, sequence_bytes) for shard in manifest.split(split)]
+    shards = manifest.split(split)
+    pending = [read.remote(root, shard.path, shard.source, sequence_patches, sequence_bytes) for shard in shards]
     row_groups: list[IndexedRowGroup] = []
     for result in pending:
         found_in_shard: list[IndexedRowGroup] = ray.get(result)
@@ -87,11 +89,14 @@ def _read_index(storage: Storage, path: str) -> Index | None:
         return None
 
 
-def index_shard(root: str, path: str, sequence_patches: int | None, sequence_bytes: int) -> list[IndexedRowGroup]:
+def index_shard(
+    root: str, path: str, source: str, sequence_patches: int | None, sequence_bytes: int
+) -> list[IndexedRowGroup]:
     """The index of one shard."""
     storage, found = Storage(root), []
     for number in range(num_row_groups(storage, path)):
         group = read_row_group(storage, path, number, with_text=False)
         cuts = cut_sequences(group, sequence_patches, sequence_bytes)
-        found.append(IndexedRowGroup(path=path, row_group=number, sequences=int(np.size(cuts)) - 1))
+        sequences = int(np.size(cuts)) - 1
+        found.append(IndexedRowGroup(path=path, source=source, row_group=number, sequences=sequences))
     return found

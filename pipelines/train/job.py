@@ -2,14 +2,20 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
+import torch
+from torch import Tensor
 
 from blt.checkpoint import (
     LanguageModel,
+    entropy_model_config,
     entropy_model_fingerprint,
+    language_model_config,
+    language_model_fingerprint,
     load,
     load_entropy_model,
     save_entropy_model,
@@ -17,12 +23,35 @@ from blt.checkpoint import (
 )
 from blt.entropy_model import EntropyModel, EntropyModelConfig
 from blt.errors import ConfigError
+from blt.flops import entropy_flops_per_byte, flops_per_byte
 from blt.model import BLT, BLTConfig
+from blt.placement import without_weights
 from pipelines.manifest import Manifest, Patching
+from pipelines.model_files import local_model, model_fingerprint
 from pipelines.train.config import TrainConfig
 from pipelines.train.index import Index
 
 Model = BLT | EntropyModel
+
+
+RESOURCES = (
+    "workers",
+    "min_workers",
+    "micro_batch",
+    "cpus_per_worker",
+    "gpus_per_worker",
+    "wait_for_resources",
+    "max_failures",
+    "hang_seconds",
+    "survival",
+    "activation_checkpointing",
+    "compile",
+    "deterministic",
+    "nonfinite",
+)
+"""Keys of `TrainConfig` that may change while a run goes on: who computes it, and how faults are taken."""
+
+REPORTING = ("checkpoint_every", "keep_checkpoints", "valid_every", "valid_sequences", "log_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,31 +65,57 @@ class TrainJob:
     """Root of the dataset."""
     train_index: Index
     valid_index: Index
-    run_directory: str
+    output: str
+    """Directory of the run, local (on several machines: shared) or on S3."""
+    mean_patch_bytes: float = 1.0
+    """Of the training split."""
     patching: Patching | None = None
     """How the patches were made (BLT)."""
     entropy_model: str | None = None
     """Directory of the entropy model that made them (BLT)."""
+    init_fingerprint: str | None = None
+    """Of the model in config.init_from."""
 
     @property
     def fingerprint(self) -> str:
         """Of everything that decides the weights: not of workers, paths or how often it is logged and saved."""
-        resources = (
-            "workers",
-            "micro_batch",
-            "cpus_per_worker",
-            "gpus_per_worker",
-            "wait_for_resources",
-            "max_failures",
-        )
-        reporting = ("checkpoint_every", "keep_checkpoints", "valid_every", "valid_sequences", "log_every")
-        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in resources + reporting}
-        parts = [self.kind, config, dataclasses.asdict(self.model), self.train_index.fingerprint]
+        left_out = (*RESOURCES, *REPORTING, "init_from")
+        config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in left_out}
+        parts = [self.kind, config, dataclasses.asdict(self.model), self.train_index.fingerprint, self.init_fingerprint]
         return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
+
+    @property
+    def run(self) -> str:
+        """Name of the run: derived from what decides its weights, so that a command started again finds it."""
+        return self.fingerprint[:16]
+
+    @property
+    def flops_per_byte(self) -> float:
+        """Of a training step; patches are there already, so the entropy model that made them does not count."""
+        sequence_bytes = float(self.config.sequence_bytes)
+        if isinstance(self.model, EntropyModelConfig):
+            return 3 * entropy_flops_per_byte(self.model, sequence_bytes)
+        context = min(sequence_bytes, self.config.sequence_patches * self.mean_patch_bytes)
+        return flops_per_byte(self.model, self.mean_patch_bytes, context).training
 
     def build(self) -> Model:
         """The model with fresh weights."""
         return BLT(self.model) if isinstance(self.model, BLTConfig) else EntropyModel(self.model)
+
+    def without_weights(self) -> Model:
+        """The model with memory for its weights and whatever is in it: all of them are to be written."""
+        if isinstance(self.model, BLTConfig):
+            return without_weights(BLT, self.model, "cpu", torch.float32)
+        return without_weights(EntropyModel, self.model, "cpu", torch.float32)
+
+    def initial_weights(self) -> dict[str, Tensor]:
+        """What the run starts from: `init_from`, or weights drawn from the seed. ConfigError where it does not fit."""
+        if self.config.init_from is None:
+            torch.manual_seed(self.config.seed)
+            return self.build().state_dict()
+        directory = local_model(self.config.init_from)
+        model = load(directory).model if self.kind == "blt" else load_entropy_model(directory)
+        return model.state_dict()
 
     def save_model(self, model: Model, directory: Path, provenance: dict[str, str]) -> None:
         """Write the model so that `blt.load` (with entropy model and rule) or `load_entropy_model` reads it."""
@@ -68,7 +123,7 @@ class TrainJob:
             save_entropy_model(model, directory, provenance)
             return
         assert self.patching is not None
-        entropy_model = None if self.entropy_model is None else load_entropy_model(self.entropy_model)
+        entropy_model = None if self.entropy_model is None else load_entropy_model(local_model(self.entropy_model))
         save_language_model(
             LanguageModel(
                 model=model,
@@ -82,9 +137,28 @@ class TrainJob:
             directory,
         )
 
-    def load_model(self, directory: Path) -> Model:
-        """The model of a checkpoint of this run."""
-        return load(directory).model if self.kind == "blt" else load_entropy_model(directory)
+
+def check_init_from(directory: str, model: BLTConfig | EntropyModelConfig) -> str:
+    """Fingerprint of the model in `directory`. ConfigError unless it has exactly the shape `model`."""
+    local = local_model(directory)
+    if isinstance(model, BLTConfig):
+        found: BLTConfig | EntropyModelConfig = language_model_config(local).model
+        fingerprint = language_model_fingerprint(local)
+    else:
+        found, fingerprint = entropy_model_config(local), entropy_model_fingerprint(local)
+    if differing := sorted(_differing(dataclasses.asdict(found), dataclasses.asdict(model))):
+        raise ConfigError(
+            f'key "init_from": {directory} has another shape than the key "model": {"; ".join(differing)}'
+        )
+    return fingerprint
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in wanted.items():
+        if isinstance(value, dict):
+            yield from _differing(found[name], value, f"{prefix}{name}.")
+        elif found[name] != value:
+            yield f"{prefix}{name} is {found[name]} there, {value} here"
 
 
 def check_entropy_model(manifest: Manifest, root: str, entropy_model: str | None) -> None:
@@ -95,7 +169,7 @@ def check_entropy_model(manifest: Manifest, root: str, entropy_model: str | None
         return
     if entropy_model is None:
         raise ConfigError(f'key "entropy_model" is missing: the patches of {root} were made with one ({wanted[:12]})')
-    found = entropy_model_fingerprint(entropy_model)
+    found = model_fingerprint(entropy_model)
     if found != wanted:
         raise ConfigError(
             f'key "entropy_model": {entropy_model} has fingerprint {found[:12]}, but the patches of {root} were made '

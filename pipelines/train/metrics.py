@@ -1,56 +1,101 @@
-"""Metrics of a run: records in, a JSONL file and TensorBoard events out. Written by rank 0 alone.
+"""Metrics of a run: steps in, records over a few steps out, in a JSONL file, TensorBoard events and Ray's gauges.
 
-A resumed run drops the records of steps that it does again, so that a step stands in the file once.
+A run that goes on from a checkpoint drops the records of steps that it does again, so that a step stands in the file
+once (the timeline keeps both).
 """
 
 import json
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from ray.util.metrics import Gauge
 from torch.utils.tensorboard import SummaryWriter
+
+from blt.loss import bits_per_byte
+from pipelines.storage import Storage
 
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 
-
-def read_metrics(run_directory: str | Path) -> list[dict[str, float]]:
-    """All records so far, oldest first; a half-written last line is left out."""
-    return read_metrics_from(run_directory, 0)[0]
+Record = dict[str, float]
 
 
-def read_metrics_from(run_directory: str | Path, offset: int) -> tuple[list[dict[str, float]], int]:
-    """The records from a byte offset on, and the offset where the next ones will begin."""
-    path = Path(run_directory) / METRICS_NAME
-    if not path.exists():
-        return [], offset
-    with path.open("rb") as file:
-        file.seek(offset)
-        text = file.read()
-    whole = text[: text.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One update, as a worker tells the recorder of it. Sums are over all workers, seconds are the worker's own.
+
+    An update that was left out has no nats, targets and bytes.
+    """
+
+    step: int
+    """Updates done with it."""
+    workers: int
+    nats: float
+    targets: int
+    bytes: int
+    patches: int
+    grad_norm: float
+    lr: float
+    sequences: str
+    """Hash of the ids of the sequences that were read, hexadecimal."""
+    seconds: float
+    waited_seconds: float
+    """For data."""
+    paused_seconds: float
+    """Evaluation and checkpoint between the step before and this one."""
+    tries: int
+    peak_memory_bytes: int
 
 
-def metrics_size(run_directory: str | Path) -> int:
-    """Bytes of the records so far."""
-    path = Path(run_directory) / METRICS_NAME
-    return path.stat().st_size if path.exists() else 0
+def window_figures(steps: Sequence[StepRecord], flops_per_byte: float, peak_flops: float) -> Record:
+    """Figures of one record, over consecutive steps.
+
+    flops_per_byte: of a training step; peak_flops: FLOP/s of all workers' devices together; 0 leaves MFU out.
+    """
+    seconds = sum(step.seconds for step in steps)
+    nats, num_bytes = sum(step.nats for step in steps), sum(step.bytes for step in steps)
+    last = steps[-1]
+    figures = {
+        "train/lr": last.lr,
+        "train/bytes": num_bytes,
+        "train/bytes_per_second": num_bytes / seconds,
+        "train/patches_per_second": sum(step.patches for step in steps) / seconds,
+        "train/step_seconds": seconds / len(steps),
+        "train/data_wait_fraction": sum(step.waited_seconds for step in steps) / seconds,
+        "train/peak_memory_bytes": max(step.peak_memory_bytes for step in steps),
+        "train/workers": last.workers,
+    }
+    if num_bytes:  # else every update was left out
+        figures["train/loss"] = nats / sum(step.targets for step in steps)
+        figures["train/bpb"] = bits_per_byte(nats, num_bytes)
+        figures["train/grad_norm"] = next(step.grad_norm for step in reversed(steps) if step.targets)
+    if peak_flops:
+        figures["train/mfu"] = flops_per_byte * num_bytes / seconds / peak_flops
+    return figures
+
+
+def read_metrics(output: str | Path) -> list[Record]:
+    """All records of a run so far, oldest first; a half-written last line is left out."""
+    storage = Storage(str(output))
+    if not storage.exists(METRICS_NAME):
+        return []
+    text = storage.read_bytes(METRICS_NAME)
+    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
 
 
 class MetricsWriter:
-    """Appends records to RUN/metrics.jsonl and RUN/tensorboard; a context manager."""
+    """Appends records to DIRECTORY/metrics.jsonl and DIRECTORY/tensorboard; goes on after those that are there."""
 
-    def __init__(self, run_directory: str | Path, first_step: int) -> None:
-        directory = Path(run_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in read_metrics(directory) if record["step"] <= first_step]
-        path = directory / METRICS_NAME
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(directory / TENSORBOARD_NAME), purge_step=first_step + 1)
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self.records = read_metrics(self._directory)
+        self._open()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -58,15 +103,52 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._file.close()
         self._tensorboard.close()
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """One record; names are area/quantity_unit."""
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        record = {"step": step, **figures}
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in figures.items():
             self._tensorboard.add_scalar(name, value, step)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of the steps after `step`: they are done again."""
+        if self.records and max(self.records[-1]["step"], self.records[-2:][0]["step"]) > step:
+            self.close()
+            self.records = [record for record in self.records if record["step"] <= step]
+            self._open()
+
+    def flush(self) -> None:
+        """Put on disk what TensorBoard's writer still holds."""
+        self._tensorboard.flush()
+
+    def _open(self) -> None:
+        path = self._directory / METRICS_NAME
+        path.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        first_new = int(self.records[-1]["step"]) + 1 if self.records else 1
+        self._tensorboard = SummaryWriter(str(self._directory / TENSORBOARD_NAME), purge_step=first_new)
+
+
+class RayGauges:
+    """The newest record as gauges `blt_NAME` by run, with "/" as "_": train/loss is ray_blt_train_loss on /metrics."""
+
+    def __init__(self, run: str) -> None:
+        self._tags, self._gauges = {"run": run}, dict[str, Gauge]()
+
+    def show(self, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            metric = f"blt_{name.replace('/', '_')}"
+            if metric not in self._gauges:
+                self._gauges[metric] = Gauge(metric, f"{name} of the newest record of a training run.", ("run",))
+            self._gauges[metric].set(value, tags=self._tags)
 
 
 def peak_memory_bytes() -> int:

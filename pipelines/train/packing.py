@@ -46,33 +46,39 @@ class PackedSequence:
         return len(self.ids_M) - max(len(self.fragment_starts), self.context)
 
 
-def join_documents(text: npt.NDArray[np.uint8], lengths: Integers, starts: npt.NDArray[np.bool_] | None) -> RowGroup:
-    """A row group from its documents' bytes end to end, their lengths, and their patch starts end to end.
+def join_documents(text: npt.NDArray[np.uint8], lengths: Integers, starts: Integers | None) -> RowGroup:
+    """A row group from its documents' bytes end to end, their lengths, and the places of their patch starts.
 
-    starts: n + 1 values of each document (its bytes and EOS); None = every byte is a patch.
+    starts: places among the n + 1 ids of each document (its bytes and EOS) end to end; None = every byte is a patch.
     """
-    document_starts = np.concatenate(([0], np.cumsum(lengths + 2)[:-1])).astype(np.int64)[: len(lengths)]
+    document_starts = np.cumsum(lengths + 2) - (lengths + 2)
     total = int((lengths + 2).sum())
-    ids = np.empty(total, np.int16)
-    is_byte = np.ones(total, np.bool_)
-    ends = document_starts + lengths + 1
-    is_byte[document_starts] = is_byte[ends] = False
-    ids[document_starts], ids[ends] = BOS, EOS
-    ids[is_byte] = text.astype(np.int16) + BYTE_OFFSET
+    ids = _join_ids(text, lengths, document_starts, total)
     if starts is None:
         return RowGroup(ids_N=ids, patch_starts=np.arange(total + 1), document_starts=document_starts)
-    opens = np.ones(total, np.bool_)
-    is_byte[ends] = True
-    opens[is_byte] = starts
-    patch_starts = np.append(np.flatnonzero(opens), total)
+    borders = np.searchsorted(starts, document_starts - np.arange(len(lengths)))  # without a BOS for each document
+    within = starts + np.repeat(np.arange(1, len(lengths) + 1), np.diff(np.append(borders, len(starts))))
+    patch_starts = np.append(np.insert(within, borders, document_starts), total)
     return RowGroup(ids_N=ids, patch_starts=patch_starts, document_starts=document_starts)
+
+
+def _join_ids(
+    text: npt.NDArray[np.uint8], lengths: Integers, document_starts: Integers, total: int
+) -> npt.NDArray[np.int16]:
+    ids = np.empty(total, np.int16)
+    ids[document_starts], ids[document_starts + lengths + 1] = BOS, EOS
+    sources = (np.cumsum(lengths) - lengths).tolist()
+    for source, target, length in zip(sources, (document_starts + 1).tolist(), lengths.tolist(), strict=True):
+        np.add(text[source : source + length], BYTE_OFFSET, out=ids[target : target + length], dtype=np.int16)
+    return ids
 
 
 def cut_sequences(group: RowGroup, max_patches: int | None, max_bytes: int) -> Integers:
     """First patch of each sequence, and P at the end. DataError if a patch is longer than max_bytes."""
     starts, num_patches = group.patch_starts, len(group.patch_starts) - 1
     _check_patches_fit(starts, max_bytes)
-    opens_document = np.isin(starts[:-1], group.document_starts)
+    opens_document = np.zeros(num_patches, np.bool_)
+    opens_document[np.searchsorted(starts, group.document_starts)] = True
     cuts, patch = [0], 0
     while patch < num_patches:
         repeated = 0 if opens_document[patch] else 1
@@ -85,9 +91,9 @@ def cut_sequences(group: RowGroup, max_patches: int | None, max_bytes: int) -> I
 def take_sequence(group: RowGroup, first_patch: int, end_patch: int, scored_from: int | None = None) -> PackedSequence:
     """The sequence of patches [first_patch, end_patch); targets begin at patch `scored_from` if given."""
     first, end = int(group.patch_starts[first_patch]), int(group.patch_starts[end_patch])
-    lo, hi = np.searchsorted(group.document_starts, (first, end))
-    inside = group.document_starts[lo:hi]
-    lengths = np.diff(group.patch_starts[first_patch : end_patch + 1])
+    lo, hi = group.document_starts.searchsorted((first, end)).tolist()
+    inside, borders = group.document_starts[lo:hi], group.patch_starts[first_patch : end_patch + 1]
+    lengths = borders[1:] - borders[:-1]
     if len(inside) == 0 or inside[0] != first:
         first -= 1
         inside = np.concatenate(([first], inside))

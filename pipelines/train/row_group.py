@@ -32,10 +32,11 @@ def read_row_group(storage: Storage, path: str, number: int, with_text: bool = T
     text = _joined(table["text"], lengths, name) if with_text else np.zeros(int(lengths.sum()), np.uint8)
     if "patch_starts" not in table.column_names:
         return join_documents(text, lengths, None)
-    starts = _starts(_joined(table["patch_starts"], (lengths + 8) // 8, name), lengths)
-    if not starts[np.cumsum(lengths + 1) - (lengths + 1)].all():
+    packed = _joined(table["patch_starts"], (lengths + 8) // 8, name)
+    places, opened = _starts(packed, lengths)
+    if not opened.all():
         raise DataError(f"{name}: in patch_starts of a document, the first byte (or EOS) does not start a patch")
-    return join_documents(text, lengths, starts)
+    return join_documents(text, lengths, places)
 
 
 def _joined(column: pa.ChunkedArray, lengths: Integers, name: str) -> npt.NDArray[np.uint8]:
@@ -54,10 +55,15 @@ def _joined(column: pa.ChunkedArray, lengths: Integers, name: str) -> npt.NDArra
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _starts(packed: npt.NDArray[np.uint8], lengths: Integers) -> npt.NDArray[np.bool_]:
-    """The n + 1 bits of every document, end to end; each document's bits fill whole bytes in `packed`."""
-    bits = np.unpackbits(packed, bitorder="little")
+def _starts(packed: npt.NDArray[np.uint8], lengths: Integers) -> tuple[Integers, npt.NDArray[np.bool_]]:
+    """Places of the patch starts among the n + 1 ids of every document end to end, and whether each document's first
+    is one. Each document's bits fill whole bytes in `packed`.
+    """
     stored = (lengths + 8) // 8 * 8
     first = np.cumsum(stored) - stored
-    place = np.arange(len(bits)) - np.repeat(first, stored)
-    return bits[place < np.repeat(lengths + 1, stored)].view(np.bool_)
+    places = np.flatnonzero(np.unpackbits(packed, bitorder="little").view(np.bool_))  # 5 times slower on uint8
+    counts = np.diff(np.searchsorted(places, np.append(first, 8 * len(packed))))
+    own = places - np.repeat(first, counts)
+    is_start = own <= np.repeat(lengths, counts)
+    shift = np.cumsum(lengths + 1) - (lengths + 1)
+    return (own + np.repeat(shift, counts))[is_start], (packed[first // 8] & 1).astype(np.bool_)

@@ -1,14 +1,14 @@
 """The trainer: a dataset and a model's shape in, a trained model out, through Ray Train.
 
 In: the root of a dataset (documents for an entropy model, patches for a BLT). Out: OUTPUT/model, which `blt.load` or
-`blt.load_entropy_model` reads; OUTPUT/metrics.jsonl; OUTPUT/tensorboard; OUTPUT/checkpoints/RUN/step-N.
+`blt.load_entropy_model` reads; OUTPUT/metrics.jsonl, tensorboard and timeline; OUTPUT/checkpoints/RUN/step-N.
 The run's name derives from what decides its weights, so a trainer started again on the same output finds it and goes
-on from its newest checkpoint.
+on from its newest checkpoint, with as many workers as there are now.
 """
 
+import importlib.util
 import logging
-import os
-import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,25 +16,35 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayActorError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from blt.entropy_model import EntropyModelConfig
-from blt.errors import ConfigError, DataError
+from blt.errors import ConfigError, DataError, TrainingError
 from blt.model import BLTConfig
-from pipelines.manifest import SPLITS, read_manifest
+from pipelines.environment import environment_defaults
+from pipelines.manifest import SPLITS, Manifest, read_manifest
+from pipelines.model_files import store_model
 from pipelines.storage import Storage
+from pipelines.train.account import Account
+from pipelines.train.checkpoints import CHECKPOINTS_NAME, Checkpoints
 from pipelines.train.config import TrainConfig
+from pipelines.train.elastic import ElasticCallback
 from pipelines.train.index import build_index
-from pipelines.train.job import TrainJob, check_entropy_model
-from pipelines.train.metrics import metrics_size, read_metrics, read_metrics_from
-from pipelines.train.state import MODEL_NAME, TRAINING_NAME, read_training_state
+from pipelines.train.job import TrainJob, check_entropy_model, check_init_from
+from pipelines.train.metrics import Record, read_metrics
+from pipelines.train.recorder import RecorderConfig, RecorderHandle, start_recorder
+from pipelines.train.replicated import replicated_backend
+from pipelines.train.survival import Cluster
 from pipelines.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS_NAME = "checkpoints"
+MODEL_NAME = "model"
 FOLLOW_SECONDS = 0.5
+RESIZE_SECONDS = 15.0
+"""Between looks for nodes that a group could grow onto."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +64,8 @@ class TrainResult:
     """Median over the records."""
     data_wait_fraction: float
     """Median over the records."""
+    account: Account
+    """What interruptions cost."""
 
 
 def resolve_job(
@@ -77,88 +89,176 @@ def resolve_job(
         data=Storage(data).root_uri,
         train_index=build_index(data, "train", patches, config.sequence_bytes),
         valid_index=build_index(data, "valid", patches, config.sequence_bytes),
-        run_directory=_local_directory(output),
+        output=Storage(output).root_uri,
+        mean_patch_bytes=_mean_patch_bytes(manifest),
         patching=manifest.patching,
         entropy_model=None if entropy_model is None else Storage(entropy_model).root_uri,
+        init_fingerprint=None if config.init_from is None else check_init_from(config.init_from, model),
     )
 
 
-def train(job: TrainJob, on_step: Callable[[dict[str, float]], None] = lambda record: None) -> TrainResult:
+def _mean_patch_bytes(manifest: Manifest) -> float:
+    shards = manifest.split("train")
+    patches = sum(shard.patches or 0 for shard in shards)
+    return sum(shard.bytes for shard in shards) / patches if patches else 1.0
+
+
+def train(job: TrainJob, on_step: Callable[[Record], None] = lambda record: None) -> TrainResult:
     """Run a job to its end, or on from where it stood; `on_step` gets each metrics record as it is written."""
-    config, run = job.config, Path(job.run_directory) / CHECKPOINTS_NAME / job.fingerprint[:16]
-    _check_output(run)
-    if not config.wait_for_resources:
-        _check_resources(config)
-    resources = {"CPU": config.cpus_per_worker} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
-    trainer = TorchTrainer(
-        train_worker,  # type: ignore[arg-type]  # takes the job as it is instead of a dict
-        train_loop_config=job,  # type: ignore[arg-type]
-        scaling_config=ScalingConfig(
-            num_workers=config.workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
-        run_config=RunConfig(
-            name=run.name,
-            storage_path=str(run.parent),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
-            failure_config=FailureConfig(max_failures=config.max_failures),
-        ),
+    if job.config.survival == "replicated" and importlib.util.find_spec("torchft") is None:
+        raise ConfigError('survival=replicated needs torchft: pip install "blt-ray[replicated]"')
+    checkpoints = Checkpoints(job.output, job.run, job.config.keep_checkpoints)
+    _check_output(job)
+    if not job.config.wait_for_resources:
+        _check_resources(job.config)
+    if steps := checkpoints.steps():
+        logger.info("going on from a checkpoint run=%s step=%d", job.run, steps[0])
+    recorder = start_recorder(
+        RecorderConfig(
+            output=job.output,
+            run=job.run,
+            log_every=job.config.log_every,
+            checkpoint_every=job.config.checkpoint_every,
+            steps=job.config.steps,
+            flops_per_byte=job.flops_per_byte,
+        )
     )
-    if newest := max(run.glob(f"step-*/{TRAINING_NAME}"), default=None):
-        logger.info("going on from a checkpoint path=%s", newest.parent)
-    with _followed(job.run_directory, on_step):
-        result = trainer.fit()
-    if result.checkpoint is None:
-        raise DataError(f"{job.run_directory}: the run ended without a checkpoint")
-    with result.checkpoint.as_directory() as directory:
-        steps = read_training_state(Path(directory), job.fingerprint).steps_done
-        if steps != config.steps:
-            raise DataError(f"{job.run_directory}: the run ended at step {steps} of {config.steps}")
-        _replace_directory(Path(directory) / MODEL_NAME, Path(job.run_directory) / MODEL_NAME)
-    return _result(job)
+    with _followed(recorder, on_step):
+        _fit(job, recorder)
+    _export(job, checkpoints)
+    account: Account = ray.get(recorder.account.remote())
+    ray.get(recorder.close.remote())
+    _tell(account)
+    return _result(job, account)
 
 
-def _check_output(run: Path) -> None:
+def _fit(job: TrainJob, recorder: RecorderHandle) -> None:
+    """Have the workers train. TrainingError with what a worker told last if that is nothing a retry mends."""
+    failures = 0
+    while True:
+        try:
+            with environment_defaults(_ray_train_settings(job.config)):
+                _fit_once(job, recorder, job.config.max_failures - failures)
+            return
+        except Exception as error:
+            message: str | None = ray.get(recorder.failure.remote())
+            if message is not None:
+                raise TrainingError(message) from error
+            if not _is_death_met_by_the_controller(error):
+                raise
+            recorder.event.remote("failure", "Ray Train gave up at the death of a worker")
+            failures = ray.get(recorder.failures.remote())
+            if failures > job.config.max_failures:
+                raise
+            logger.warning("Ray Train gave up at the death of a worker, starting the workers again: %s", error)
+
+
+def _fit_once(job: TrainJob, recorder: RecorderHandle, max_failures: int) -> None:
+    config = job.config
+    with tempfile.TemporaryDirectory(prefix="blt-train-") as directory:
+        TorchTrainer(
+            train_worker,  # type: ignore[arg-type]  # takes what it is given instead of a dict
+            train_loop_config=(job, Cluster(recorder, ray.util.get_node_ip_address())),  # type: ignore[arg-type]
+            scaling_config=_scaling(config),
+            torch_config=_backend(config),
+            run_config=RunConfig(
+                name=job.run,
+                storage_path=directory,  # Ray's own notes: checkpoints are ours
+                failure_config=FailureConfig(max_failures=-1),  # the callback counts
+                callbacks=[ElasticCallback(recorder, max_failures)],  # type: ignore[list-item]
+            ),
+        ).fit()
+
+
+def _is_death_met_by_the_controller(error: Exception) -> bool:
+    """Ray Train gives a run up when it meets a dead worker elsewhere than in its regular look at all of them."""
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, RayActorError)
+
+
+def _scaling(config: TrainConfig) -> ScalingConfig:
+    resources = {"CPU": config.cpus_per_worker} | ({"GPU": config.gpus_per_worker} if config.gpus_per_worker else {})
+    least = _least_workers(config)
+    return ScalingConfig(
+        num_workers=(least, config.workers) if least < config.workers else config.workers,  # type: ignore[arg-type]
+        use_gpu=config.gpus_per_worker > 0,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=RESIZE_SECONDS,  # type: ignore[call-arg]
+    )
+
+
+def _least_workers(config: TrainConfig) -> int:
+    """The smallest group that a run starts with. Replica groups begin with all and may then do with fewer."""
+    return config.min_workers or config.workers if config.survival == "sharded" else config.workers
+
+
+def _backend(config: TrainConfig) -> TorchConfig:
+    if config.survival == "replicated":
+        return replicated_backend(ray.util.get_node_ip_address(), config.min_workers or 1)
+    # A collective that waits longer than this for a worker is given up, and with it the group.
+    seconds = max(round(config.hang_seconds), 1)
+    return TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo", timeout_s=seconds)
+
+
+def _ray_train_settings(config: TrainConfig) -> dict[str, str]:
+    """Ray Train's settings that come from the environment."""
+    return {
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{config.hang_seconds:g}",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+        # After a node is lost, the old size is tried for so long before the smaller one.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    }
+
+
+def _export(job: TrainJob, checkpoints: Checkpoints) -> None:
+    """OUTPUT/model from the checkpoint of the last step."""
+    steps = checkpoints.steps()
+    if not steps or steps[0] != job.config.steps:
+        raise TrainingError(f"{job.output}: the run ended at step {steps[0] if steps else 0} of {job.config.steps}")
+    model = job.without_weights()
+    checkpoints.load_model(steps[0], model.state_dict())
+    provenance = {"run": job.fingerprint, "step": str(steps[0]), "data": job.train_index.dataset}
+    with tempfile.TemporaryDirectory(prefix="blt-model-") as directory:
+        job.save_model(model, Path(directory), provenance)
+        store_model(directory, f"{job.output}/{MODEL_NAME}")
+
+
+def _tell(account: Account) -> None:
+    for one in account.interruptions:
+        logger.info(
+            "interruption cause=%s step=%d steps_redone=%d tries_lost=%d seconds_lost=%.1f detail=%s",
+            *(one.cause, one.step, one.steps_redone, one.tries_lost, one.seconds_lost, one.detail),
+        )
+    logger.info(
+        "account steps=%d steps_redone=%d seconds=%.1f seconds_lost=%.1f goodput=%.4f checkpoints=%d",
+        *(account.steps, account.steps_redone, account.seconds, account.seconds_lost, account.goodput),
+        account.checkpoints,
+    )
+
+
+def _check_output(job: TrainJob) -> None:
     """ConfigError if the output holds an unfinished run that is another one."""
-    others = [path.name for path in run.parent.glob("*") if path.is_dir() and path.name != run.name]
-    if others and not run.exists():
+    runs = {path.split("/")[1] for path in Storage(job.output).list(CHECKPOINTS_NAME)}
+    if runs and job.run not in runs:
         raise ConfigError(
-            f"{run.parent.parent}: holds an unfinished run of another configuration or other data "
-            f"({others[0]}); choose another output, or remove that directory"
+            f"{job.output}: holds an unfinished run of another configuration or other data ({min(runs)}); "
+            "choose another output, or remove that directory"
         )
 
 
 def _check_resources(config: TrainConfig) -> None:
     """ConfigError if the cluster cannot hold the workers; Ray Train would wait for them without end."""
-    found = ray.cluster_resources()
+    found, least = ray.cluster_resources(), _least_workers(config)
     for kind, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):
-        if config.workers * each > found.get(kind, 0):
+        if least * each > found.get(kind, 0):
             raise ConfigError(
-                f"workers {config.workers} of {kind.lower()}s_per_worker {each:g} need {config.workers * each:g} "
+                f"workers {least} of {kind.lower()}s_per_worker {each:g} need {least * each:g} "
                 f"{kind}s, the cluster has {found.get(kind, 0):g}; ask for less, or set wait_for_resources=true on an "
                 "autoscaling cluster"
             )
 
 
-def _local_directory(output: str) -> str:
-    storage = Storage(output)
-    if not storage.is_local:
-        raise ConfigError(f'key "output": training writes to a local or shared directory, got {output}')
-    os.makedirs(storage.root_uri, exist_ok=True)
-    return storage.root_uri
-
-
-def _replace_directory(source: Path, target: Path) -> None:
-    """Copy `source` to `target`, whole or not at all."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-
-
-def _result(job: TrainJob) -> TrainResult:
-    records = read_metrics(job.run_directory)
+def _result(job: TrainJob, account: Account) -> TrainResult:
+    records = read_metrics(job.output)
     steps = [record for record in records if "train/loss" in record]
     valid = [record for record in records if "valid/bpb" in record]
 
@@ -166,32 +266,30 @@ def _result(job: TrainJob) -> TrainResult:
         return sorted(record[name] for record in steps)[len(steps) // 2]
 
     return TrainResult(
-        model=str(Path(job.run_directory) / MODEL_NAME),
+        model=f"{job.output}/{MODEL_NAME}",
         steps=job.config.steps,
         bytes=round(sum(record["train/bytes"] for record in steps)),
         loss=steps[-1]["train/loss"],
         valid_bpb=valid[-1]["valid/bpb"],
         bytes_per_second=median("train/bytes_per_second"),
         data_wait_fraction=median("train/data_wait_fraction"),
+        account=account,
     )
 
 
 @contextmanager
-def _followed(run_directory: str, on_step: Callable[[dict[str, float]], None]) -> Iterator[None]:
-    """Call `on_step` for the records that the worker writes meanwhile: Ray Train itself reports checkpoints only."""
+def _followed(recorder: RecorderHandle, on_step: Callable[[Record], None]) -> Iterator[None]:
+    """Call `on_step` for the records that are written meanwhile."""
     ended = threading.Event()
 
     def follow() -> None:
-        seen = metrics_size(run_directory)
-        while True:
+        seen, last_round = int(ray.get(recorder.num_records.remote())), False
+        while not last_round:
             last_round = ended.wait(FOLLOW_SECONDS)
-            if metrics_size(run_directory) < seen:  # a resumed run dropped the records of steps that it does again
-                seen = 0
-            records, seen = read_metrics_from(run_directory, seen)
-            for record in records:
+            records: tuple[list[Record], int] = ray.get(recorder.records_since.remote(seen))
+            seen = records[1]
+            for record in records[0]:
                 on_step(record)
-            if last_round:
-                return
 
     thread = threading.Thread(target=follow, name="follow-metrics", daemon=True)
     thread.start()

@@ -1,176 +1,200 @@
-"""The training worker: runs on every rank of a Ray Train group, from the newest checkpoint to the last step.
+"""The training worker: runs on every worker of a Ray Train group, from the newest checkpoint to the last step.
 
-Feed -> step -> metrics, held-out evaluation and checkpoint every so often. Everything that decides the weights is in
-the `TrainJob`; rank and world size only say who computes what.
+Feed -> step -> recorder, held-out evaluation and checkpoint every so often. Everything that decides the weights is in
+the `TrainJob`; who computes what of a round, and whether the round counts, is the `Survival`'s.
 """
 
-import tempfile
 import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
-import ray.train
+import ray
 import ray.train.torch
 import torch
 
-from blt.errors import TrainingError
+from blt.device_peak import device_peak_flops
+from blt.errors import BltError, CheckpointError, TrainingError
 from blt.loss import bits_per_byte
-from blt.optim import build_optimizer, lr_factor, set_lr
-from blt.parallel import FlatGradients, sum_over_ranks
-from blt.step import Batch, StepResult, Tally, tally_batch, train_step
+from blt.optim import lr_factor, set_lr
+from blt.step import Batch, StepCounts, StepTotals, accumulate, tally_batch, update
 from pipelines.train.batch import make_batch
+from pipelines.train.elastic import Watchdog
 from pipelines.train.feed import Feed, FeedConfig, SequenceReader
-from pipelines.train.job import Model, TrainJob
-from pipelines.train.metrics import MetricsWriter, peak_memory_bytes
-from pipelines.train.order import rank_slots
-from pipelines.train.state import MODEL_NAME, TrainingState, load_optimizer, read_training_state, save_training_state
+from pipelines.train.job import TrainJob
+from pipelines.train.metrics import StepRecord, peak_memory_bytes
+from pipelines.train.order import micro_steps, rank_slots
+from pipelines.train.replicated import ReplicatedTraining
+from pipelines.train.sharded import ShardedTraining
+from pipelines.train.survival import Cluster, Place, Share, Survival
+from pipelines.train.timeline import Cause
 
 
-def train_worker(job: TrainJob) -> None:
-    """Train `job` on this rank."""
+def train_worker(run: tuple[TrainJob, Cluster]) -> None:
+    """Train a job on this worker. What another try would only repeat is told to the recorder, and ends the run."""
+    job, cluster = run
     torch.set_num_threads(max(1, int(job.config.cpus_per_worker)))
-    worker = Worker(job)
-    if worker.rank == 0:
-        with MetricsWriter(job.run_directory, worker.steps_done) as metrics:
-            worker.run(metrics)
-    else:
-        worker.run(None)
+    torch.use_deterministic_algorithms(job.config.deterministic)
+    try:
+        Worker(job, cluster).run()
+    except BltError as error:
+        ray.get(cluster.recorder.fail.remote(str(error)))
+        raise
 
 
 class Worker:
-    """A rank's model, optimiser and place in the run."""
+    """A worker's part in a run."""
 
-    def __init__(self, job: TrainJob) -> None:
-        context = ray.train.get_context()
-        self.job, self.rank, self.world_size = job, context.get_world_rank(), context.get_world_size()
+    def __init__(self, job: TrainJob, cluster: Cluster) -> None:
+        self.job, self.config, self.recorder = job, job.config, cluster.recorder
+        self.name = uuid.uuid4().hex
         self.device = ray.train.torch.get_device()
-        self.autocast = torch.bfloat16 if job.config.precision == "bfloat16" else None
-        self.steps_done = 0
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            torch.manual_seed(job.config.seed)
-            self.model: Model = job.build().to(self.device)
-            self.optimizer = build_optimizer(self.model, job.config.optimizer)
-            return
-        with checkpoint.as_directory() as directory:
-            self.steps_done = read_training_state(Path(directory), job.fingerprint).steps_done
-            self.model = job.load_model(Path(directory) / MODEL_NAME).to(self.device).train()
-            self.optimizer = build_optimizer(self.model, job.config.optimizer)
-            load_optimizer(Path(directory), self.model, self.optimizer)
+        self.autocast = torch.bfloat16 if self.config.precision == "bfloat16" else None
+        self.place, ties = Place(), (job, self.device, cluster)
+        self.survival: Survival
+        if self.config.survival == "replicated":
+            self.survival = ReplicatedTraining(self.place, *ties)
+        else:
+            self.survival = ShardedTraining(self.place, *ties)
+        self.counts = StepCounts(self.device)
+        self.watchdog = Watchdog(self.config.hang_seconds)
+        self.tries, self.paused_seconds, self.save_requested = 1, 0.0, False
 
-    def run(self, metrics: MetricsWriter | None) -> None:
-        """All steps that are left."""
-        config, gradients = self.job.config, FlatGradients(self.model.parameters())
-        feed_config = FeedConfig(
-            seed=config.seed,
-            shuffle_row_groups=config.shuffle_row_groups,
-            global_batch=config.global_batch,
-            micro_batch=config.micro_batch,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-        window = _Window()
-        with Feed(self.job.data, self.job.train_index, feed_config, self.steps_done, config.steps) as feed:
-            for step, batches in feed:
-                lr = config.optimizer.lr * lr_factor(config.optimizer, step, config.steps)
-                set_lr(self.optimizer, lr)
-                try:
-                    result = train_step(
-                        self.model,
-                        self.optimizer,
-                        gradients,
-                        batches,
-                        clip_norm=config.optimizer.clip_norm,
-                        autocast=self.autocast,
-                    )
-                except FloatingPointError as error:
-                    raise TrainingError(f"step {step + 1}: {error}; a lower optimizer.lr may help") from error
-                self.steps_done = step + 1
-                if metrics is not None:
-                    window.add(result)
-                    # A checkpoint closes a record too, so that a resumed run's records cover every step.
-                    if self._is_due(config.log_every) or self._is_due(config.checkpoint_every):
-                        metrics.write(self.steps_done, window.figures(feed) | {"train/lr": lr})
-                        window = _Window(feed.waited_seconds)
-                self._evaluate_and_save(metrics, window)
+    def run(self) -> None:
+        """All rounds that are left."""
+        peak = device_peak_flops(self.device, self.autocast or torch.float32)
+        self.recorder.joined.remote(self.name, self.place.steps_done, peak)
+        data, order = (self.job.data, self.job.train_index), FeedConfig.of(self.config)
+        feeding = Feed(*data, order, self.config.steps, pin_memory=self.device.type == "cuda")
+        with feeding as feed, self.watchdog:
+            while self.place.steps_done < self.config.steps or self._evaluation_is_due():
+                self._round(feed)
+                self.watchdog.resume()
+        self.survival.close()
 
-    def _evaluate_and_save(self, metrics: MetricsWriter | None, window: "_Window") -> None:
-        started = time.perf_counter()
-        config, last = self.job.config, self.steps_done == self.job.config.steps
-        if self._is_due(config.valid_every):
-            total = self.job.valid_index.sequences
-            tally = self._evaluate(total if last else min(config.valid_sequences, total))
-            if metrics is not None:
-                bpb = bits_per_byte(tally.nats, tally.bytes)
-                metrics.write(self.steps_done, {"valid/loss": tally.nats / tally.targets, "valid/bpb": bpb})
-        if self._is_due(config.checkpoint_every):
-            self._save()
-        window.pause(time.perf_counter() - started)
+    def _round(self, feed: Feed) -> None:
+        """An update or an evaluation, and the checkpoint that is due after it."""
+        began = time.perf_counter()
+        share = self.survival.begin()  # may bring a worker that comes late up to the others' place
+        began = began if self.tries == 1 else time.perf_counter()
+        stands = self._evaluate(share) if self._evaluation_is_due() else self._step(share, feed, began)
+        self.tries = 1 if stands else self.tries + 1
+        self.place.rounds += stands
+        if stands and not self._evaluation_is_due():
+            self._save_if_due(share)
+
+    def _step(self, share: Share, feed: Feed, began: float) -> bool:
+        """One try of an update; whether it stands."""
+        done, waited, survival = self.place.steps_done, feed.waited_seconds, self.survival
+        given = feed.step(done, share.rank, share.world_size)
+        self.counts.zero()
+        survival.gradients.zero()
+        self.counts.add_sequences(given.sequence_hash, given.patches)
+        self.counts.request_save(survival.save_is_requested())
+        accumulate(survival.model, self.counts, self._watched(given.batches), self.autocast)
+        survival.sum(self.counts.vector)
+        survival.gradients.sum_over_ranks()
+        if not survival.commit():
+            return False
+        totals = self.counts.totals()
+        lr = self.config.optimizer.lr * lr_factor(self.config.optimizer, done, self.config.steps)
+        set_lr(survival.optimizer, lr)
+        grad_norm = self._update(totals, done + 1, share)
+        if grad_norm is None:
+            totals = replace(totals, nats=0.0, targets=0, bytes=0)
+        self.place.steps_done, self.save_requested = done + 1, totals.save_requested
+        if survival.tells(share):
+            record = StepRecord(
+                step=done + 1,
+                workers=share.world_size,
+                nats=totals.nats,
+                targets=totals.targets,
+                bytes=totals.bytes,
+                patches=totals.patches,
+                grad_norm=grad_norm or 0.0,
+                lr=lr,
+                sequences=f"{totals.sequence_hash:016x}",
+                seconds=time.perf_counter() - began,
+                waited_seconds=feed.waited_seconds - waited,
+                paused_seconds=self.paused_seconds,
+                tries=self.tries,
+                peak_memory_bytes=peak_memory_bytes(),
+            )
+            self.recorder.step.remote(self.name, record)
+        self.paused_seconds = 0.0
+        return True
+
+    def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; each one is progress."""
+        for batch in batches:
+            self.watchdog.alive()
+            yield batch
+
+    def _update(self, totals: StepTotals, step: int, share: Share) -> float | None:
+        """Clip and apply the summed gradients; their norm. None if they are not finite and the update is left out."""
+        try:
+            clip_norm = self.config.optimizer.clip_norm
+            return update(self.survival.optimizer, self.survival.gradients, totals, clip_norm=clip_norm)
+        except FloatingPointError as error:
+            if self.config.nonfinite == "stop":
+                raise TrainingError(f"step {step}: {error}; a lower optimizer.lr may help") from error
+            self._tell_event(share, "skipped", f"update {step} left out: {error}")
+            return None
+
+    def _tell_event(self, share: Share, cause: Cause, detail: str) -> None:
+        """Tell what all workers see, once."""
+        if share.rank == 0:
+            self.recorder.event.remote(cause, detail)
 
     def _is_due(self, every: int) -> bool:
-        return self.steps_done % every == 0 or self.steps_done == self.job.config.steps
+        return self.place.steps_done % every == 0 or self.place.steps_done == self.config.steps
+
+    def _evaluation_is_due(self) -> bool:
+        done = self.place.steps_done
+        return done > self.place.evaluated and self._is_due(self.config.valid_every)
 
     @torch.no_grad()
-    def _evaluate(self, sequences: int) -> Tally:
-        """Loss over the first `sequences` held-out sequences, shared out over the ranks."""
-        reader, index = SequenceReader(self.job.data, self.job.valid_index, 1), self.job.valid_index
+    def _evaluate(self, share: Share) -> bool:
+        """Loss over the first held-out sequences, or after the last step over all, shared out over the workers."""
+        began, index, done = time.perf_counter(), self.job.valid_index, self.place.steps_done
+        sequences = index.sequences if done == self.config.steps else min(self.config.valid_sequences, index.sequences)
         every = ((i, j) for i, group in enumerate(index.row_groups) for j in range(group.sequences))
         places = list(islice(every, sequences))
-        own = [places[slot] for slot in rank_slots(len(places), self.rank, self.world_size)]
-        totals, size = torch.zeros(3, dtype=torch.float64, device=self.device), self.job.config.micro_batch
-        self.model.eval()
-        for start in range(0, len(own), size):
-            chosen = [reader.read(*place) for place in own[start : start + size]]
-            batch: Batch = make_batch(chosen, with_patches=index.sequence_patches is not None)
-            nats, targets, num_bytes = tally_batch(self.model, batch.to(self.device), self.autocast)
-            totals += torch.stack((nats.double(), targets.double(), num_bytes.double()))
-        self.model.train()
-        nats_sum, targets_sum, bytes_sum = sum_over_ranks(totals).tolist()
-        return Tally(nats=nats_sum, targets=round(targets_sum), bytes=round(bytes_sum))
+        own = [places[slot] for slot in rank_slots(sequences, share.rank, share.world_size)]
+        reader, size = SequenceReader(self.job.data, index, 1), self.config.micro_batch
+        self.counts.zero()
+        self.survival.model.eval()
+        for number in range(micro_steps(sequences, size, share.world_size)):  # as many on every worker
+            self.watchdog.alive()
+            chosen = [reader.read(*one) for one in own[number * size : (number + 1) * size]]
+            batch = make_batch(chosen, with_patches=index.sequence_patches is not None)
+            self.counts.add(*tally_batch(self.survival.model, batch.to(self.device), self.autocast))
+        self.survival.model.train()
+        self.survival.sum(self.counts.vector)
+        if not self.survival.commit():
+            return False
+        totals = self.counts.totals()
+        self.place.evaluated = done
+        if self.survival.tells(share):
+            bpb = bits_per_byte(totals.nats, totals.bytes)
+            self.recorder.evaluated.remote(done, {"valid/loss": totals.nats / totals.targets, "valid/bpb": bpb})
+        self.paused_seconds += time.perf_counter() - began
+        return True
 
-    def _save(self) -> None:
-        """Report a checkpoint: rank 0 writes it, every rank reports."""
-        figures = {"step": self.steps_done}
-        if self.rank != 0:
-            ray.train.report(figures)
+    def _save_if_due(self, share: Share) -> None:
+        if not self._is_due(self.config.checkpoint_every) and not self.save_requested:
             return
-        with tempfile.TemporaryDirectory(prefix="blt-checkpoint-") as directory:
-            provenance = {
-                "run": self.job.fingerprint,
-                "step": str(self.steps_done),
-                "data": self.job.train_index.dataset,
-            }
-            self.job.save_model(self.model, Path(directory) / MODEL_NAME, provenance)
-            state = TrainingState(steps_done=self.steps_done, run=self.job.fingerprint)
-            save_training_state(Path(directory), self.model, self.optimizer, state)
-            checkpoint = ray.train.Checkpoint.from_directory(directory)
-            ray.train.report(figures, checkpoint=checkpoint, checkpoint_dir_name=f"step-{self.steps_done:08d}")
-
-
-class _Window:
-    """The steps since the last record: sums, and the seconds they took without evaluations and checkpoints."""
-
-    def __init__(self, waited_before: float = 0.0) -> None:
-        self._started, self._waited_before, self._paused = time.perf_counter(), waited_before, 0.0
-        self._results: list[StepResult] = []
-
-    def add(self, result: StepResult) -> None:
-        self._results.append(result)
-
-    def pause(self, seconds: float) -> None:
-        self._paused += seconds
-
-    def figures(self, feed: Feed) -> dict[str, float]:
-        seconds = time.perf_counter() - self._started - self._paused
-        tallies = [result.tally for result in self._results]
-        nats, num_bytes = sum(tally.nats for tally in tallies), sum(tally.bytes for tally in tallies)
-        return {
-            "train/loss": nats / sum(tally.targets for tally in tallies),
-            "train/bpb": bits_per_byte(nats, num_bytes),
-            "train/grad_norm": self._results[-1].grad_norm,
-            "train/bytes": num_bytes,
-            "train/bytes_per_second": num_bytes / seconds,
-            "train/step_seconds": seconds / len(tallies),
-            "train/data_wait_fraction": (feed.waited_seconds - self._waited_before) / seconds,
-            "train/peak_memory_bytes": peak_memory_bytes(),
-        }
+        self.watchdog.pause()  # a checkpoint that is waited for, and the change that it is for
+        began = time.perf_counter()
+        last = self.place.steps_done == self.config.steps
+        try:
+            self.survival.save(share, wait=last or self.save_requested)
+        except CheckpointError as error:
+            if last:
+                raise
+            self._tell_event(share, "checkpoint", str(error))  # it was asked for, but the run can do without
+        if self.save_requested:
+            self.survival.hold()
+        self.save_requested = False
+        self.paused_seconds += time.perf_counter() - began

@@ -4,15 +4,12 @@ Float64 throughout, so that what is seen is the order of sums alone; AdamW divid
 which leaves about 1e-10 of it. Adding up means of micro-batches instead of sums would show at 1e-2.
 """
 
-import datetime
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from blt.entropy_model import EntropyModel, EntropyModelConfig
@@ -22,6 +19,7 @@ from blt.optim import OptimizerConfig, build_optimizer
 from blt.parallel import FlatGradients
 from blt.step import Batch, StepResult, tally_batch, train_step
 from blt.vocabulary import EOS
+from tests.gloo import run_ranks
 from tests.model_cases import blt_config, packed_batch, randomised, transformer_config
 
 KINDS = ["blt", "entropy_model"]
@@ -144,30 +142,19 @@ def test_all_ranks_stop_where_one_sees_no_finite_loss(two_ranks: dict[str, list[
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[object]]:
+def two_ranks() -> dict[str, list[object]]:
     """What two gloo processes made, by case and rank."""
-    directory = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, (2, str(directory)), nprocs=2)
-    made = [torch.load(directory / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+    made = run_ranks(2, steps_of_rank)
     return {case: [of_one[case] for of_one in made] for case in made[0]}
 
 
-def run_rank(rank: int, world_size: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{directory}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-        timeout=datetime.timedelta(seconds=60),
-    )
+def steps_of_rank() -> dict[str, object]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     made: dict[str, object] = {
         kind: trained(kind, [of_rank(rows_of(kind, step), rank, world_size, kind) for step in range(STEPS)])
         for kind in KINDS
     }
-    made["stopped"] = stops_on(broken_loss=rank == 1)
-    torch.save(made, Path(directory) / f"rank-{rank}.pt")
-    dist.destroy_process_group()
+    return made | {"stopped": stops_on(broken_loss=rank == 1)}
 
 
 def stops_on(*, broken_loss: bool) -> bool:

@@ -162,7 +162,7 @@ def test_a_killed_driver_goes_on_from_its_checkpoint(finished: dict[str, object]
         *("steps=40", "checkpoint_every=3", "log_every=1", "valid_every=40"),
     ]
     driver = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    while not list(output.glob("checkpoints/*/step-*/training.json")):
+    while not list(output.glob("checkpoints/*/step-*/complete.json")):
         with pytest.raises(subprocess.TimeoutExpired):  # it must not have ended
             driver.wait(0.2)
     children = psutil.Process(driver.pid).children(recursive=True)

@@ -4,7 +4,6 @@ undisturbed run, byte for byte, and each shard has one record.
 
 import contextlib
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import ray
 from ray.cluster_utils import Cluster
 
 # isort: split
@@ -31,7 +29,9 @@ from pipelines.storage import Storage
 from tests.fault_proxy import fault_proxy, seeded
 from tests.pipelines.patch.corpus import prose, write_documents
 from tests.pipelines.patch.in_process import use_in_process_pool
+from tests.raylets import raylets
 from tests.s3_server import S3Server, s3_environment
+from tests.small_disk import small_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -170,19 +170,10 @@ def test_two_drivers_on_one_output(
 
 
 @pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes of one CPU, with ports and a directory of their own; the driver is connected to the first."""
-    ray.shutdown()
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "dashboard_port": 0}
-    )
-    cluster.add_node(num_cpus=1)
-    try:
-        ray.init(address=cluster.address, logging_level="warning", log_to_driver=False)
+def cluster() -> Iterator[Cluster]:
+    """Two nodes of one CPU."""
+    with raylets(head_cpus=1, nodes=1) as cluster:
         yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
 def test_loss_of_a_node(
@@ -207,34 +198,27 @@ def test_loss_of_a_node(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 200 kiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk]).returncode:
-        pytest.skip("mounting a file system takes root")
-    try:
+def full_soon(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", 200) as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_full_disk(
     documents: str,
     entropy_model_directory: str,
     undisturbed: dict[str, bytes],
-    small_disk: Path,
+    full_soon: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     use_in_process_pool(monkeypatch)
-    storage = Storage(str(small_disk / "patches"))
+    storage = Storage(str(full_soon / "patches"))
     with pytest.raises(Exception, match="No space left on device"):
         patch_dataset(CONFIG, documents, entropy_model_directory, storage.root_uri)
     done = set(_data_files(storage))
     assert 0 < len(done) < NUM_SHARDS
     assert storage.leftovers(0) == [], "what did not fit takes no room"
     assert not storage.exists("manifest.json")
-    subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
+    subprocess.run(["mount", "-o", "remount,size=16m", full_soon], check=True)
     manifest = patch_dataset(CONFIG, documents, entropy_model_directory, storage.root_uri)
     _assert_whole(storage, manifest, undisturbed)
 

@@ -29,7 +29,7 @@ def test_a_shard_has_the_sequences_that_reading_it_gives(tmp_path: Path) -> None
             np.size(cut_sequences(read_row_group(storage, path, number), 5, 17)) - 1
             for number in range(num_row_groups(storage, path))
         ]
-        found = index_shard(root, path, 5, 17)
+        found = index_shard(root, path, "s", 5, 17)
         assert [(group.path, group.row_group) for group in found] == [(path, n) for n in range(len(counts))]
         assert [group.sequences for group in found] == counts
 

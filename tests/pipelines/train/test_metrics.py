@@ -17,7 +17,7 @@ def scalars(run_directory: Path, name: str) -> list[tuple[int, float]]:
 
 
 def test_records_come_back_in_order(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path / "run", 0) as metrics:
+    with MetricsWriter(tmp_path / "run") as metrics:
         metrics.write(1, {"train/loss": 2.5, "train/lr": 1e-3})
         metrics.write(2, {"train/loss": 2.25, "train/lr": 1e-3})
         metrics.write(2, {"valid/bpb": 3.0})
@@ -32,7 +32,7 @@ def test_records_come_back_in_order(tmp_path: Path) -> None:
 
 def test_records_can_be_followed_while_they_are_written(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
-    with MetricsWriter(tmp_path, 0) as metrics:
+    with MetricsWriter(tmp_path) as metrics:
         assert read_metrics(tmp_path) == []
         metrics.write(1, {"train/loss": 2.5})
         assert read_metrics(tmp_path) == [{"step": 1, "train/loss": 2.5}]
@@ -43,7 +43,7 @@ def test_a_half_written_line_is_left_out(tmp_path: Path, half: str) -> None:
     """A line counts once its end is there; the next writer starts on a line of its own."""
     (tmp_path / METRICS_NAME).write_text('{"step": 1, "train/loss": 2.5}\n' + half, encoding="utf-8")
     assert read_metrics(tmp_path) == [{"step": 1, "train/loss": 2.5}]
-    with MetricsWriter(tmp_path, 1) as metrics:
+    with MetricsWriter(tmp_path) as metrics:
         metrics.write(2, {"train/loss": 2.0})
     lines = (tmp_path / METRICS_NAME).read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
@@ -51,10 +51,11 @@ def test_a_half_written_line_is_left_out(tmp_path: Path, half: str) -> None:
 
 def test_a_resumed_run_replaces_the_steps_that_it_does_again(tmp_path: Path) -> None:
     """The first attempt got to step 4, its newest checkpoint is of step 2."""
-    with MetricsWriter(tmp_path, 0) as metrics:
+    with MetricsWriter(tmp_path) as metrics:
         for step in range(1, 5):
             metrics.write(step, {"train/loss": float(step)})
-    with MetricsWriter(tmp_path, 2) as metrics:
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.rewind(2)
         for step in range(3, 6):
             metrics.write(step, {"train/loss": 10.0 * step})
     wanted = [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
@@ -64,14 +65,15 @@ def test_a_resumed_run_replaces_the_steps_that_it_does_again(tmp_path: Path) -> 
 
 def test_a_run_from_the_start_drops_everything_before(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
-        with MetricsWriter(tmp_path, 0) as metrics:
+        with MetricsWriter(tmp_path) as metrics:
+            metrics.rewind(0)
             metrics.write(1, {"train/loss": value})
     assert read_metrics(tmp_path) == [{"step": 1, "train/loss": 2.0}]
 
 
 def test_records_before_an_interruption_are_on_disk(tmp_path: Path) -> None:
     def interrupted_run() -> None:
-        with MetricsWriter(tmp_path, 0) as metrics:
+        with MetricsWriter(tmp_path) as metrics:
             metrics.write(1, {"train/loss": 2.5})
             raise KeyboardInterrupt
 

@@ -1,0 +1,265 @@
+"""Workers, nodes and drivers die, stop and come: the run ends with the loss curve of one that nothing happened to.
+
+Everything is real: Ray Train groups, raylets, signals. The curve is computed without any of it (`tiny_run`).
+"""
+
+import contextlib
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.exceptions import RayActorError
+from ray.train import ControllerError
+
+# isort: split
+import psutil  # bundled with Ray, which puts it on the path
+
+# isort: split
+
+from blt.checkpoint import load
+from blt.errors import TrainingError
+from blt.optim import OptimizerConfig
+from pipelines.model_files import local_model
+from pipelines.train import trainer
+from pipelines.train.account import Account
+from pipelines.train.job import TrainJob
+from pipelines.train.recorder import RecorderHandle
+from pipelines.train.timeline import Event, read_timeline
+from pipelines.train.trainer import train
+from tests.pipelines.train.tiny_run import assert_follows, expected_curve, tiny_job, told_steps, write_tiny_patches
+from tests.raylets import raylets
+from tests.s3_server import S3Server
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
+
+PATIENCE_SECONDS = 150.0
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tiny_patches(tmp_path_factory.mktemp("survival") / "patches")
+
+
+def worker_processes() -> list[psutil.Process]:
+    """The training workers below this process, oldest first; those of other Rays on the machine are not touched."""
+    found = [process for process in psutil.Process().children(recursive=True) if _is_worker(process)]
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any("RayTrainWorker" in part for part in process.cmdline())
+    return False
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Look until it is so; the things waited for happen in other processes."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {PATIENCE_SECONDS:g} s for {what}"
+        time.sleep(0.02)
+
+
+class Disturbance(threading.Thread):
+    """Does something once the run has made so many updates; `join` passes on what went wrong."""
+
+    def __init__(self, job: TrainJob, after_step: int, what: Callable[[], object]) -> None:
+        super().__init__(name="disturbance", daemon=True)
+        self._job, self._after, self._what = job, after_step, what
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            wait_for(lambda: any(s.step >= self._after for s in told_steps(self._job.output)), f"step {self._after}")
+            self._what()
+        except BaseException as error:
+            self.error = error
+
+    def finish(self) -> None:
+        self.join(PATIENCE_SECONDS)
+        assert not self.is_alive()
+        if self.error is not None:
+            raise self.error
+
+
+def disturbed(job: TrainJob, *disturbances: tuple[int, Callable[[], object]]) -> Account:
+    """The account of a run in which things happen after steps."""
+    threads = [Disturbance(job, step, what) for step, what in disturbances]
+    for thread in threads:
+        thread.start()
+    account = train(job).account
+    for thread in threads:
+        thread.finish()
+    return account
+
+
+def send(number: int, worker: int = 0) -> Callable[[], None]:
+    """Send a signal to one of the workers."""
+
+    def act() -> None:
+        worker_processes()[worker].send_signal(number)
+
+    return act
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_loss_curve_is_the_same_at_any_number_of_workers(data: str, tmp_path: Path, workers: int) -> None:
+    job = tiny_job(data, tmp_path / "run", workers=workers, steps=300 if workers == 3 else 50)
+    account = train(job).account
+    assert_follows(job.output, expected_curve(job))
+    assert (account.interruptions, account.goodput) == ((), 1.0)
+    assert {step.workers for step in told_steps(job.output)} == {workers}
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("survival", ["sharded", "replicated"])
+def test_kill_9_of_a_worker(data: str, tmp_path: Path, survival: str) -> None:
+    job = tiny_job(data, tmp_path / "run", workers=3, steps=120, survival=survival)
+    account = disturbed(job, (35, send(signal.SIGKILL, 1)))
+    assert_follows(job.output, expected_curve(job))
+    assert {one.cause for one in account.interruptions} == {"failure"}
+    if survival == "replicated":
+        assert account.steps_redone == 0
+        assert min(step.workers for step in told_steps(job.output)) == 2
+    else:
+        assert account.steps_redone <= 2 * job.config.checkpoint_every  # the newest may not have been whole yet
+    assert account.seconds_lost > 0
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_replacement_that_dies_at_once(data: str, tmp_path: Path) -> None:
+    """The controller is still busy with it then, and not with its regular look at all workers."""
+    job = tiny_job(data, tmp_path / "run", workers=3, steps=200, survival="replicated")
+
+    def kill_two() -> None:
+        before = worker_processes()
+        before[1].kill()
+        wait_for(lambda: not set(worker_processes()) <= set(before), "the replacement")
+        next(process for process in worker_processes() if process not in before).kill()
+
+    account = disturbed(job, (20, kill_two))
+    assert_follows(job.output, expected_curve(job))
+    assert len([one for one in account.interruptions if one.cause == "failure"]) >= 1
+    assert account.steps == 200
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_run_that_ray_train_gave_up_after_a_death(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is started again, max_failures times; after anything else that Ray Train gives a run up for it is not."""
+    start, met, left = trainer._fit_once, iter([RayActorError(), None]), []
+
+    def give_up(job: TrainJob, recorder: RecorderHandle, max_failures: int) -> None:
+        left.append(max_failures)
+        if (error := next(met)) is not None:
+            raise ControllerError(error)
+        start(job, recorder, max_failures)
+
+    monkeypatch.setattr(trainer, "_fit_once", give_up)
+    job = tiny_job(data, tmp_path / "run", workers=1, steps=10, max_failures=2)
+    assert train(job).account.steps == 10
+    assert [one.cause for one in read_timeline(job.output) if isinstance(one, Event)] == ["failure"]
+    assert_follows(job.output, expected_curve(job))
+    met = itertools.repeat(RayActorError())
+    with pytest.raises(ControllerError):
+        train(tiny_job(data, tmp_path / "dies", workers=1, steps=10, max_failures=2))
+    assert left == [2, 1, 2, 1, 0]
+    met = iter([ValueError("another")])
+    with pytest.raises(ControllerError, match="another"):
+        train(tiny_job(data, tmp_path / "other", workers=1, steps=10))
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("survival", ["sharded", "replicated"])
+def test_a_stopped_worker_is_ended(data: str, tmp_path: Path, survival: str) -> None:
+    """SIGSTOP: it neither works nor dies, and cannot do what it is asked to."""
+    job = tiny_job(data, tmp_path / "run", workers=2, steps=80, survival=survival, hang_seconds=8.0)
+    before: list[psutil.Process] = []
+
+    def stop() -> None:
+        before.extend(worker_processes())
+        before[0].send_signal(signal.SIGSTOP)
+
+    account = disturbed(job, (30, stop))
+    assert_follows(job.output, expected_curve(job))
+    assert account.interruptions
+    assert not psutil.wait_procs(before[:1], timeout=30)[1], "the stopped process is still there"
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("survival", ["sharded", "replicated"])
+def test_a_run_on_s3_goes_on_after_its_worker_died(s3: S3Server, ray_local: None, data: str, survival: str) -> None:
+    job = tiny_job(data, s3.url(f"survival/{survival}"), workers=2, steps=60, survival=survival)
+    account = disturbed(job, (25, send(signal.SIGKILL, 1)))
+    assert_follows(job.output, expected_curve(job))
+    assert {one.cause for one in account.interruptions} == {"failure"}
+    assert load(local_model(f"{job.output}/model")).provenance["step"] == "60"
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_loss_that_is_not_finite_ends_the_run_at_once(data: str, tmp_path: Path) -> None:
+    job = tiny_job(data, tmp_path / "run", workers=2, optimizer=_diverging())
+    with pytest.raises(TrainingError, match=r"step \d+: the loss .* is not finite"):
+        train(job)
+    assert len({step.step for step in told_steps(job.output)}) == len(told_steps(job.output)), "nothing was tried again"
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_updates_that_are_not_finite_can_be_left_out(data: str, tmp_path: Path) -> None:
+    job = tiny_job(data, tmp_path / "run", workers=2, optimizer=_diverging(), nonfinite="skip", steps=12)
+    account = train(job).account
+    assert account.steps == 12
+    assert "skipped" in {one.cause for one in account.interruptions}
+
+
+def _diverging() -> OptimizerConfig:
+    return OptimizerConfig(lr=1e20, warmup_steps=0, schedule="constant", clip_norm=None)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head without CPUs and three nodes of one CPU each."""
+    with raylets(head_cpus=0, nodes=3) as cluster:
+        yield cluster
+
+
+def drain(node_id: str) -> None:
+    """Announce the loss of a node, as a cloud's notice of preemption does."""
+    client = ray._private.worker.global_worker.gcs_client
+    reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    accepted, message = client.drain_node(node_id, reason, "preemption", int((time.time() + 120) * 1000))
+    assert accepted, message
+
+
+def test_nodes_go_and_come(cluster: Cluster, data: str, tmp_path: Path) -> None:
+    """One lost without notice (3 -> 2), one more (2 -> 3), one drained (3 -> 2): only the first costs steps."""
+    job = tiny_job(
+        data, tmp_path / "run", workers=3, min_workers=1, cpus_per_worker=1.0, steps=600, checkpoint_every=20
+    )
+
+    def lose() -> None:
+        raylet = next(iter(cluster.worker_nodes)).all_processes["raylet"][0].process
+        raylet.kill()
+
+    def add_when_two() -> None:
+        wait_for(lambda: told_steps(job.output)[-1].workers == 2, "a group of two")
+        cluster.add_node(num_cpus=1)
+
+    def drain_when_three() -> None:
+        wait_for(lambda: 2 in {s.workers for s in told_steps(job.output)}, "a group of two")
+        wait_for(lambda: told_steps(job.output)[-1].workers == 3, "a group of three")
+        drain(next(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")))
+
+    account = disturbed(job, (30, lose), (31, add_when_two), (32, drain_when_three))
+    assert_follows(job.output, expected_curve(job))
+    redone = {one.cause: one.steps_redone for one in account.interruptions}
+    assert redone["failure"] <= 2 * job.config.checkpoint_every  # 0 if the node went just after a checkpoint
+    assert (redone["growth"], redone["preemption"]) == (0, 0)
+    assert [size for size, _ in itertools.groupby(s.workers for s in told_steps(job.output))] == [3, 2, 3, 2]
