@@ -40,9 +40,9 @@ class CheckpointDirectory:
         """Of a checkpoint, or a file of it, below the root of the storage."""
         return f"{self._root}/step-{step:08d}" + (f"/{name}" if name else "")
 
-    def url(self, step: int, name: str = "") -> str:
-        """For a person."""
-        return self.storage.url(self.path(step, name))
+    def url(self, step: int | None = None, name: str = "") -> str:
+        """For a person; of the whole directory without a step."""
+        return self.storage.url(self._root if step is None else self.path(step, name))
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, newest first."""
@@ -55,6 +55,11 @@ class CheckpointDirectory:
                 with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                     return step, self.record_bytes(step)
         return None
+
+    def broken_records(self) -> list[str]:
+        """What `set_aside` made of the records of broken checkpoints, newest first, below the directory."""
+        files = self._files()
+        return [f"step-{step:08d}/{BROKEN_NAME}" for step in sorted(files, reverse=True) if BROKEN_NAME in files[step]]
 
     def record_bytes(self, step: int) -> bytes:
         return self.storage.read_bytes(self.path(step, RECORD_NAME))

@@ -29,7 +29,7 @@ from pipelines.storage import Storage
 from pipelines.train.checkpoint_directory import CHECKPOINTS_NAME, CheckpointDirectory
 from pipelines.train.checkpoint_files import FilesReader, FilesWriter
 from pipelines.train.checkpoint_ranks import Ranks, one_line
-from pipelines.train.checkpoint_record import CheckpointRecord
+from pipelines.train.checkpoint_record import RECORD_NAME, CheckpointRecord
 
 __all__ = ["CHECKPOINTS_NAME", "Checkpoints", "Loaded", "Saved"]
 
@@ -75,13 +75,15 @@ class Checkpoints:
         *,
         on_saved: Callable[[Saved], object] = lambda saved: None,
         on_failed: Callable[[CheckpointError], object] = lambda error: None,
+        on_broken: Callable[[str], object] = lambda faults: None,
     ) -> None:
         """on_saved: told on rank 0 of each checkpoint. on_failed: of each one in the background that could not be
-        written. Both from another thread where the save was in the background.
+        written. Both from another thread where the save was in the background. on_broken: told on rank 0 of each
+        checkpoint that is passed over, with what is wrong with it.
         """
         self._directory = CheckpointDirectory(Storage(output), run)
         self._run, self._keep = run, keep
-        self._on_saved, self._on_failed = on_saved, on_failed
+        self._on_saved, self._on_failed, self._on_broken = on_saved, on_failed, on_broken
         self._ranks = Ranks()
         self._stager: DefaultStager | None = None
         self._pending: Future[None] | None = None
@@ -116,10 +118,11 @@ class Checkpoints:
             pending.result()
 
     def load_newest(self, tensors: Mapping[str, Tensor]) -> Loaded | None:
-        """Fill `tensors` in place from the newest checkpoint that is sound; None if there is none.
+        """Fill `tensors` in place from the newest checkpoint that is sound; None if there never was one.
 
         CheckpointError on every rank if that is another run's, its tensors have other names or shapes, or storage
-        fails; then the tensors may hold anything.
+        fails; then the tensors may hold anything. And if there are checkpoints but all are broken: beginning anew over
+        them would lose without a word what could be put back.
         """
         broken: dict[int, list[str]] = {}
         while (found := self._ranks.first(lambda: self._directory.newest(broken))) is not None:
@@ -133,8 +136,15 @@ class Checkpoints:
                 self._fill(record, tensors)
                 return Loaded(record.step, record.state, [fault for faults in broken.values() for fault in faults])
             if self._ranks.rank == 0:
-                logger.warning("a checkpoint is broken, going back to the one before: %s", "; ".join(broken[step]))
+                faults = "; ".join(broken[step])
+                logger.warning("a checkpoint is broken, going back to the one before: %s", faults)
+                self._on_broken(faults)
             self._ranks.first(functools.partial(self._directory.set_aside, step, data))
+        if records := self._ranks.first(self._directory.broken_records):
+            raise CheckpointError(
+                f"{self._directory.url()}: every checkpoint of this run is broken ({', '.join(records)}); put the "
+                f"files of one back and name its record {RECORD_NAME} again, or remove the directory to begin anew"
+            )
         return None
 
     def load_model(self, step: int, weights: Mapping[str, Tensor]) -> None:

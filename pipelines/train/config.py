@@ -66,7 +66,8 @@ class TrainConfig:
     wait_for_resources: bool = False
     """true on an autoscaling cluster: wait for nodes instead of refusing what the cluster cannot hold now."""
     max_failures: int = 3
-    """Failures of workers that are recovered from; preemptions announced by the cluster do not count."""
+    """Failures of workers that are recovered from without a new step between them: a run that gets on goes on however
+    often workers die. Preemptions announced by the cluster do not count."""
     hang_seconds: float = 300.0
     """A worker that makes no progress for this long is ended and counts as failed."""
 

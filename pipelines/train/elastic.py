@@ -80,10 +80,10 @@ def _wait_until_saved() -> bool:
 
 
 class ElasticCallback(ControllerCallback, WorkerGroupCallback):
-    """The controller's end; `max_failures` failures that nobody announced are recovered from."""
+    """The controller's end; it ends a run after more than `max_failures` failures without a new step between them."""
 
     def __init__(self, recorder: RecorderHandle, max_failures: int) -> None:
-        self._recorder, self._max_failures, self._failures = recorder, max_failures, 0
+        self._recorder, self._max_failures = recorder, max_failures
         self._group: Any = None
         self._size = 0
         self._is_resizing = False
@@ -118,13 +118,13 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
             self._tell("preemption", "a node will go; all workers have saved")
             return
         rank, error = next(iter(errors.items()))
-        self._failures += 1
         hangs = isinstance(error, WorkerHealthCheckTimeoutError)
         self._tell("hang" if hangs else "failure", f"worker {rank}: {_line(error)}")
+        failures: int = ray.get(self._recorder.failures.remote())
         if fatal:
             self._fault = _line(fatal[0])
-        elif self._failures > self._max_failures:
-            self._fault = f"{self._failures} failures, max_failures is {self._max_failures}; the last: {_line(error)}"
+        elif failures > self._max_failures:
+            self._fault = too_many_failures(failures, self._max_failures, _line(error))
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """End the run where another try is of no use: an exception from here is not retried."""
@@ -132,7 +132,6 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
             raise TrainingError(self._fault)
 
     def _tell(self, cause: Cause, detail: str) -> None:
-        logger.warning("training event cause=%s detail=%s", cause, detail)
         self._recorder.event.remote(cause, detail)
 
 
@@ -172,6 +171,11 @@ class Watchdog:
             if not self._alive.wait(self._seconds) and not self._is_paused:
                 logger.error("no progress for %.0f s: this worker ends itself", self._seconds)
                 os.kill(os.getpid(), signal.SIGKILL)
+
+
+def too_many_failures(failures: int, max_failures: int, last: str) -> str:
+    """Why a run is given up, for a person."""
+    return f"{failures} failures without a new step between them, max_failures is {max_failures}; the last: {last}"
 
 
 def _line(error: BaseException) -> str:

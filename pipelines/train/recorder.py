@@ -75,7 +75,8 @@ class Recorder:
         """When each step was made, from step 1 on; 0 for those before this recorder."""
         self._window: list[StepRecord] = []
         self._peak_flops: dict[str, float] = {}
-        self._interruptions = self._failures = 0
+        self._events: list[Event] = []
+        self._interruptions = self._failures = self._newest_step = 0
         self._failure: str | None = None
         self._timeline.write(Started(at=time.time()))
 
@@ -98,6 +99,8 @@ class Recorder:
         self._metrics.rewind(record.step - 1)
         self._made.extend([0.0] * (record.step - 1 - len(self._made)))
         self._made.append(now)
+        if record.step > self._newest_step:
+            self._newest_step, self._failures = record.step, 0
         self._write_step(now, record)
         self._window.append(record)
         borders = (self._config.log_every, self._config.checkpoint_every)
@@ -120,14 +123,16 @@ class Recorder:
 
     def event(self, cause: Cause, detail: str = "") -> None:
         """Something happened that may cost time."""
-        self._timeline.write(Event(at=time.time(), cause=cause, detail=detail))
+        event = Event(at=time.time(), cause=cause, detail=detail)
+        self._timeline.write(event)
+        self._events.append(event)
         self._failures += cause in ("failure", "hang")
         if cause in ("failure", "hang", "preemption", "growth", "shrink"):
             self._interruptions += 1
             self._gauges.show({"train/interruptions": self._interruptions})
 
     def failures(self) -> int:
-        """Deaths and hangs that nobody announced, since this recorder began."""
+        """Deaths and hangs that nobody announced, since a step was made for the first time."""
         return self._failures
 
     def fail(self, message: str) -> None:
@@ -141,6 +146,10 @@ class Recorder:
         """Metric records after the first `seen`, and how many there are; after a rewind, those that are new."""
         records = self._metrics.records
         return records[min(seen, len(records)) :], len(records)
+
+    def events_since(self, seen: int) -> tuple[list[Event], int]:
+        """What happened after the first `seen` events that this recorder was told of, and how many there are."""
+        return self._events[min(seen, len(self._events)) :], len(self._events)
 
     def num_records(self) -> int:
         return len(self._metrics.records)

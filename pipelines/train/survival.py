@@ -58,7 +58,7 @@ class Place:
 
 
 def checkpoints_of(job: TrainJob, recorder: RecorderHandle) -> Checkpoints:
-    """The checkpoints of a run, the recorder told of those that are whole and those that failed."""
+    """The checkpoints of a run, the recorder told of those that are whole, that failed and that are broken."""
 
     def told(saved: Saved) -> None:
         recorder.saved.remote(saved.step, saved.blocked_seconds, saved.seconds)
@@ -67,7 +67,12 @@ def checkpoints_of(job: TrainJob, recorder: RecorderHandle) -> Checkpoints:
         logger.warning("a checkpoint failed, going on: %s", error)
         recorder.event.remote("checkpoint", str(error))
 
-    return Checkpoints(job.output, job.run, job.config.keep_checkpoints, on_saved=told, on_failed=failed)
+    def broken(faults: str) -> None:
+        recorder.event.remote("checkpoint", f"passed over: {faults}")
+
+    return Checkpoints(
+        job.output, job.run, job.config.keep_checkpoints, on_saved=told, on_failed=failed, on_broken=broken
+    )
 
 
 class Survival(Protocol):

@@ -30,13 +30,14 @@ from pipelines.storage import Storage
 from pipelines.train.account import Account
 from pipelines.train.checkpoints import CHECKPOINTS_NAME, Checkpoints
 from pipelines.train.config import TrainConfig
-from pipelines.train.elastic import ElasticCallback
+from pipelines.train.elastic import ElasticCallback, too_many_failures
 from pipelines.train.index import build_index
 from pipelines.train.job import TrainJob, check_entropy_model, check_init_from
 from pipelines.train.metrics import Record, read_metrics
 from pipelines.train.recorder import RecorderConfig, RecorderHandle, start_recorder
 from pipelines.train.replicated import replicated_backend
 from pipelines.train.survival import Cluster
+from pipelines.train.timeline import Event
 from pipelines.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
@@ -134,11 +135,10 @@ def train(job: TrainJob, on_step: Callable[[Record], None] = lambda record: None
 
 def _fit(job: TrainJob, recorder: RecorderHandle) -> None:
     """Have the workers train. TrainingError with what a worker told last if that is nothing a retry mends."""
-    failures = 0
     while True:
         try:
             with environment_defaults(_ray_train_settings(job.config)):
-                _fit_once(job, recorder, job.config.max_failures - failures)
+                _fit_once(job, recorder)
             return
         except Exception as error:
             message: str | None = ray.get(recorder.failure.remote())
@@ -147,13 +147,13 @@ def _fit(job: TrainJob, recorder: RecorderHandle) -> None:
             if not _is_death_met_by_the_controller(error):
                 raise
             recorder.event.remote("failure", "Ray Train gave up at the death of a worker")
-            failures = ray.get(recorder.failures.remote())
+            failures: int = ray.get(recorder.failures.remote())
             if failures > job.config.max_failures:
-                raise
+                raise TrainingError(too_many_failures(failures, job.config.max_failures, str(error))) from error
             logger.warning("Ray Train gave up at the death of a worker, starting the workers again: %s", error)
 
 
-def _fit_once(job: TrainJob, recorder: RecorderHandle, max_failures: int) -> None:
+def _fit_once(job: TrainJob, recorder: RecorderHandle) -> None:
     config = job.config
     with tempfile.TemporaryDirectory(prefix="blt-train-") as directory:
         TorchTrainer(
@@ -165,7 +165,7 @@ def _fit_once(job: TrainJob, recorder: RecorderHandle, max_failures: int) -> Non
                 name=job.run,
                 storage_path=directory,  # Ray's own notes: checkpoints are ours
                 failure_config=FailureConfig(max_failures=-1),  # the callback counts
-                callbacks=[ElasticCallback(recorder, max_failures)],  # type: ignore[list-item]
+                callbacks=[ElasticCallback(recorder, config.max_failures)],  # type: ignore[list-item]
             ),
         ).fit()
 
@@ -279,17 +279,20 @@ def _result(job: TrainJob, account: Account) -> TrainResult:
 
 @contextmanager
 def _followed(recorder: RecorderHandle, on_step: Callable[[Record], None]) -> Iterator[None]:
-    """Call `on_step` for the records that are written meanwhile."""
+    """Call `on_step` for the records that are written meanwhile, and log what happens to the run."""
     ended = threading.Event()
 
     def follow() -> None:
-        seen, last_round = int(ray.get(recorder.num_records.remote())), False
+        seen, events_seen, last_round = int(ray.get(recorder.num_records.remote())), 0, False
         while not last_round:
             last_round = ended.wait(FOLLOW_SECONDS)
             records: tuple[list[Record], int] = ray.get(recorder.records_since.remote(seen))
-            seen = records[1]
+            events: tuple[list[Event], int] = ray.get(recorder.events_since.remote(events_seen))
+            seen, events_seen = records[1], events[1]
             for record in records[0]:
                 on_step(record)
+            for event in events[0]:
+                logger.warning("training event cause=%s detail=%s", event.cause, event.detail)
 
     thread = threading.Thread(target=follow, name="follow-metrics", daemon=True)
     thread.start()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -152,17 +153,19 @@ def train_config(root: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_driver_goes_on_from_its_checkpoint(finished: dict[str, object], root: Path, workers: int) -> None:
-    """kill -9 after a checkpoint; the same command finishes, each step stands once, and the model is the same."""
-    output = root / f"killed-{workers}"
+@pytest.mark.parametrize(("workers", "survival"), [(1, "sharded"), (2, "sharded"), (2, "replicated")])
+def test_a_killed_driver_goes_on_from_its_checkpoint(
+    finished: dict[str, object], root: Path, workers: int, survival: str
+) -> None:
+    """kill -9 after two checkpoints, the newest damaged; the same command finishes and each step stands once."""
+    output = root / f"killed-{workers}-{survival}"
     command = [
         *(sys.executable, "-m", "jobs", "train", "--config", str(train_config(root)), f"output={output}"),
         *(f"entropy_model={root / 'run' / 'entropy_model' / 'model'}", f"workers={workers}"),
-        *("steps=40", "checkpoint_every=3", "log_every=1", "valid_every=40"),
+        *(f"survival={survival}", "steps=40", "checkpoint_every=3", "log_every=1", "valid_every=40"),
     ]
     driver = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    while not list(output.glob("checkpoints/*/step-*/complete.json")):
+    while len(list(output.glob("checkpoints/*/step-*/complete.json"))) < 2:
         with pytest.raises(subprocess.TimeoutExpired):  # it must not have ended
             driver.wait(0.2)
     children = psutil.Process(driver.pid).children(recursive=True)
@@ -173,6 +176,8 @@ def test_a_killed_driver_goes_on_from_its_checkpoint(finished: dict[str, object]
     psutil.wait_procs(children, timeout=30)
     steps_before = [record["step"] for record in read_metrics(output)]
     assert steps_before[-1] < 40
+    newest = max(output.glob("checkpoints/*/step-*/complete.json")).parent
+    next(newest.glob("model-*.safetensors")).unlink()
     other = subprocess.run([*command, "optimizer.lr=0.1"], capture_output=True, text=True, timeout=300, check=False)
     assert other.returncode == 2
     assert "unfinished run of another configuration" in other.stderr
@@ -180,5 +185,6 @@ def test_a_killed_driver_goes_on_from_its_checkpoint(finished: dict[str, object]
     completed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert completed.returncode == 0, completed.stderr[-3000:]
     assert "going on from a checkpoint" in completed.stderr
+    assert re.search(rf"cause=checkpoint detail=passed over: .*{newest.name}/model-.* is missing", completed.stderr)
     steps = [record["step"] for record in read_metrics(output) if "train/loss" in record]
     assert steps == list(range(1, 41))

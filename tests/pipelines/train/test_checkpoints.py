@@ -163,7 +163,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_broken_file_is_told_and_the_checkpoint_before_taken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str, kind: str
 ) -> None:
-    checkpoints = saved(tmp_path, 10, 20)
+    saved(tmp_path, 10, 20)
+    told: list[str] = []
+    checkpoints = Checkpoints(str(tmp_path), RUN, 9, on_broken=told.append)
     path = next(directory(tmp_path, 20).glob(f"{kind}-*"))
     break_it, says = DAMAGE[damage]
     break_it(path)
@@ -177,6 +179,7 @@ def test_a_broken_file_is_told_and_the_checkpoint_before_taken(
     assert str(path) in fault
     assert says in fault
     assert fault in caplog.text
+    assert told == [fault]
     assert checkpoints.steps() == [10]
     assert (directory(tmp_path, 20) / "broken.json").exists()
 
@@ -208,18 +211,27 @@ def test_no_bit_of_a_record_flips_unseen(tmp_path: Path, position: int, bit: int
         decode_record(bytes(data))
 
 
-def test_all_broken(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(tmp_path: Path) -> None:
+    """Nor when it is tried again; with one of them mended it goes on from that."""
     checkpoints = saved(tmp_path, 10, 20)
     for step in (10, 20):
         flip(model_file(tmp_path, step))
-    assert checkpoints.load_newest(zeros(tensors(0))) is None
-    assert len(list(tmp_path.rglob("broken.json"))) == 2
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="every checkpoint of this run is broken") as raised:
+            checkpoints.load_newest(zeros(tensors(0)))
+        assert f"{RUN}: " in str(raised.value)
+        assert "step-00000020/broken.json, step-00000010/broken.json" in str(raised.value)
+    flip(model_file(tmp_path, 10))
+    (directory(tmp_path, 10) / "broken.json").rename(directory(tmp_path, 10) / RECORD_NAME)
+    assert checkpoints.load_newest(zeros(tensors(0))) == Loaded(10, {"steps_done": 10}, [])
 
 
 def test_a_broken_checkpoint_is_made_again(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 10, 20)
     flip(model_file(tmp_path, 20))
-    checkpoints.load_newest(zeros(tensors(0)))
+    loaded = checkpoints.load_newest(zeros(tensors(0)))
+    assert loaded is not None
+    assert loaded.step == 10
     checkpoints.save(20, tensors(20), {"steps_done": 20}, wait=True)
     assert checkpoints.load_newest(zeros(tensors(0))) == Loaded(20, {"steps_done": 20}, [])
     assert not list(tmp_path.rglob("broken.json"))

@@ -9,18 +9,20 @@ from typing import Any
 
 import pytest
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
-from ray.train.v2._internal.execution import callback, context
+from ray.train.v2._internal.execution import callback as callbacks
+from ray.train.v2._internal.execution import context
 from ray.train.v2._internal.execution.controller import state
 
 from blt.errors import DataError, TrainingError
+from pipelines.train import elastic
 from pipelines.train.elastic import ElasticCallback, PreemptedError
 
 HOOKS = [
-    (callback.WorkerGroupCallback, "after_worker_group_training_start"),
-    (callback.WorkerGroupCallback, "after_worker_group_poll_status"),
-    (callback.ControllerCallback, "after_controller_state_update"),
-    (callback.ControllerCallback, "before_controller_execute_resize_decision"),
-    (callback.ControllerCallback, "before_controller_execute_failure_decision"),
+    (callbacks.WorkerGroupCallback, "after_worker_group_training_start"),
+    (callbacks.WorkerGroupCallback, "after_worker_group_poll_status"),
+    (callbacks.ControllerCallback, "after_controller_state_update"),
+    (callbacks.ControllerCallback, "before_controller_execute_resize_decision"),
+    (callbacks.ControllerCallback, "before_controller_execute_failure_decision"),
 ]
 
 
@@ -41,6 +43,12 @@ class Told:
     def __init__(self) -> None:
         self.causes: list[str] = []
         self.event = SimpleNamespace(remote=lambda cause, detail: self.causes.append(cause))
+        self.failures = SimpleNamespace(remote=lambda: len(self.causes))
+
+
+@pytest.fixture(autouse=True)
+def _answers_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elastic.ray, "get", lambda answer: answer)
 
 
 def polled(errors: dict[int, Exception]) -> Any:
@@ -53,37 +61,37 @@ def decides(callback: ElasticCallback) -> None:
 
 def test_failures_are_recovered_from_until_there_are_too_many() -> None:
     told = Told()
-    elastic = ElasticCallback(told, max_failures=2)
+    callback = ElasticCallback(told, max_failures=2)
     for _ in range(2):
-        elastic.after_worker_group_poll_status(polled({}))
-        elastic.after_worker_group_poll_status(polled({1: RuntimeError("connection lost")}))
-        decides(elastic)
-    elastic.after_worker_group_poll_status(polled({0: WorkerHealthCheckTimeoutError("still waiting")}))
-    with pytest.raises(TrainingError, match=r"3 failures, max_failures is 2; the last: .*still waiting"):
-        decides(elastic)
+        callback.after_worker_group_poll_status(polled({}))
+        callback.after_worker_group_poll_status(polled({1: RuntimeError("connection lost")}))
+        decides(callback)
+    callback.after_worker_group_poll_status(polled({0: WorkerHealthCheckTimeoutError("still waiting")}))
+    with pytest.raises(TrainingError, match=r"3 failures without .*, max_failures is 2; the last: .*still waiting"):
+        decides(callback)
     assert told.causes == ["failure", "failure", "hang"]
 
 
 def test_an_announced_preemption_is_no_failure() -> None:
     told = Told()
-    elastic = ElasticCallback(told, max_failures=0)
-    elastic.after_worker_group_poll_status(polled({0: RuntimeError("peer left"), 1: PreemptedError()}))
-    decides(elastic)
+    callback = ElasticCallback(told, max_failures=0)
+    callback.after_worker_group_poll_status(polled({0: RuntimeError("peer left"), 1: PreemptedError()}))
+    decides(callback)
     assert told.causes == ["preemption"]
 
 
 def test_what_another_try_would_repeat_ends_the_run() -> None:
-    elastic = ElasticCallback(Told(), max_failures=9)
-    elastic.after_worker_group_poll_status(polled({0: RuntimeError("peer left"), 1: DataError("x.parquet: is gone")}))
+    callback = ElasticCallback(Told(), max_failures=9)
+    callback.after_worker_group_poll_status(polled({0: RuntimeError("peer left"), 1: DataError("x.parquet: is gone")}))
     with pytest.raises(TrainingError, match=r"x\.parquet: is gone"):
-        decides(elastic)
+        decides(callback)
 
 
 def test_changes_of_size_are_told() -> None:
     told = Told()
-    elastic = ElasticCallback(told, max_failures=0)
+    callback = ElasticCallback(told, max_failures=0)
     for size in (3, 2, 2, 3):
-        elastic.after_worker_group_training_start(SimpleNamespace(get_workers=lambda size=size: range(size)))
+        callback.after_worker_group_training_start(SimpleNamespace(get_workers=lambda size=size: range(size)))
     assert told.causes == ["shrink", "growth"]
 
 

@@ -116,6 +116,30 @@ def test_new_records_can_be_followed(tmp_path: Path) -> None:
     assert recorder.records_since(seen) == ([], 1)
 
 
+def test_new_events_can_be_followed(tmp_path: Path) -> None:
+    recorder = Recorder(config(str(tmp_path)))
+    assert recorder.events_since(0) == ([], 0)
+    recorder.event("failure", "worker 1: gone")
+    (event,), seen = recorder.events_since(0)
+    assert (event.cause, event.detail, seen) == ("failure", "worker 1: gone", 1)
+    assert recorder.events_since(seen) == ([], 1)
+
+
+def test_failures_count_until_a_new_step_is_made(tmp_path: Path) -> None:
+    recorder = Recorder(config(str(tmp_path)))
+    recorder.joined("a", 0, PEAK)
+    for step in (1, 2):
+        recorder.step("a", record(step))
+    for cause in ("failure", "preemption", "hang"):
+        recorder.event(cause)
+    assert recorder.failures() == 2
+    recorder.joined("b", 1, PEAK)
+    recorder.step("b", record(2))  # made again
+    assert recorder.failures() == 2
+    recorder.step("b", record(3))
+    assert recorder.failures() == 0
+
+
 def test_the_first_fatal_fault_stays(tmp_path: Path) -> None:
     recorder = Recorder(config(str(tmp_path)))
     assert recorder.failure() is None

@@ -154,23 +154,25 @@ def test_a_replacement_that_dies_at_once(data: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ray_local")
 def test_a_run_that_ray_train_gave_up_after_a_death(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is started again, max_failures times; after anything else that Ray Train gives a run up for it is not."""
-    start, met, left = trainer._fit_once, iter([RayActorError(), None]), []
+    start, met, begun = trainer._fit_once, iter([RayActorError(), None]), []
 
-    def give_up(job: TrainJob, recorder: RecorderHandle, max_failures: int) -> None:
-        left.append(max_failures)
+    def give_up(job: TrainJob, recorder: RecorderHandle) -> None:
+        begun.append(job.output)
         if (error := next(met)) is not None:
             raise ControllerError(error)
-        start(job, recorder, max_failures)
+        start(job, recorder)
 
     monkeypatch.setattr(trainer, "_fit_once", give_up)
     job = tiny_job(data, tmp_path / "run", workers=1, steps=10, max_failures=2)
     assert train(job).account.steps == 10
     assert [one.cause for one in read_timeline(job.output) if isinstance(one, Event)] == ["failure"]
     assert_follows(job.output, expected_curve(job))
+    assert len(begun) == 2
+    begun.clear()
     met = itertools.repeat(RayActorError())
-    with pytest.raises(ControllerError):
+    with pytest.raises(TrainingError, match="3 failures without a new step between them, max_failures is 2"):
         train(tiny_job(data, tmp_path / "dies", workers=1, steps=10, max_failures=2))
-    assert left == [2, 1, 2, 1, 0]
+    assert len(begun) == 3
     met = iter([ValueError("another")])
     with pytest.raises(ControllerError, match="another"):
         train(tiny_job(data, tmp_path / "other", workers=1, steps=10))
