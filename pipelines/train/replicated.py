@@ -56,7 +56,7 @@ class ReplicatedTraining:
 
     def __init__(self, place: Place, job: TrainJob, device: torch.device, cluster: Cluster) -> None:
         config = job.config
-        self._place = place
+        self._place, self._has_begun = place, False
         self.model: Model = job.without_weights().to(device)
         prepare_blocks(self.model, config.activation_checkpointing, config.compile)
         self.optimizer: torch.optim.Optimizer = build_optimizer(self.model, config.optimizer)
@@ -95,8 +95,21 @@ class ReplicatedTraining:
         manager.load_state_dict({"step": self._place.rounds, "batches_committed": 0})
         return manager
 
+    def _catch_up(self) -> None:
+        """Take over a checkpoint that was made while this worker started: those who made it may be gone, all steps
+        done, and nobody is left to take over from.
+        """
+        if next(iter(self._checkpoints.steps()), 0) <= self._place.steps_done:
+            return
+        if (loaded := self._checkpoints.load_newest(self._tensors)) is not None:
+            self._place.take(loaded.state)
+            self._manager.load_state_dict({"step": self._place.rounds, "batches_committed": 0})
+
     def begin(self) -> Share:
         self._manager.start_quorum()
+        if not self._has_begun:
+            self._has_begun = True
+            self._catch_up()
         return Share(self._manager.participating_rank() or 0, max(self._manager.num_participants(), 1))
 
     def sum(self, tensor: Tensor) -> None:

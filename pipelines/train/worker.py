@@ -68,7 +68,7 @@ class Worker:
         data, order = (self.job.data, self.job.train_index), FeedConfig.of(self.config)
         feeding = Feed(*data, order, self.config.steps, pin_memory=self.device.type == "cuda")
         with feeding as feed, self.watchdog:
-            while self.place.steps_done < self.config.steps or self._evaluation_is_due():
+            while not self._is_over():
                 self._round(feed)
                 self.watchdog.resume()
         self.survival.close()
@@ -76,7 +76,9 @@ class Worker:
     def _round(self, feed: Feed) -> None:
         """An update or an evaluation, and the checkpoint that is due after it."""
         began = time.perf_counter()
-        share = self.survival.begin()  # may bring a worker that comes late up to the others' place
+        share = self.survival.begin()  # may bring a worker that comes late up to the others' place, or to their end
+        if self._is_over():
+            return
         began = began if self.tries == 1 else time.perf_counter()
         stands = self._evaluate(share) if self._evaluation_is_due() else self._step(share, feed, began)
         self.tries = 1 if stands else self.tries + 1
@@ -146,6 +148,9 @@ class Worker:
         """Tell what all workers see, once."""
         if share.rank == 0:
             self.recorder.event.remote(cause, detail)
+
+    def _is_over(self) -> bool:
+        return self.place.steps_done >= self.config.steps and not self._evaluation_is_due()
 
     def _is_due(self, every: int) -> bool:
         return self.place.steps_done % every == 0 or self.place.steps_done == self.config.steps
