@@ -17,7 +17,7 @@ import fsspec
 from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError, NoCredentialsError
 from fsspec.implementations.local import LocalFileSystem
 
-from blt.errors import ConfigError, DataError
+from blt.errors import ConfigError, DataError, StorageError
 
 _S3_PROTOCOLS = ("s3", "s3a")
 
@@ -95,7 +95,7 @@ def storage_errors(url: str) -> Iterator[None]:
     """What fails inside leaves as one line that names `url`.
 
     FileNotFoundError for what is missing, OSError with the file's name for other errors of a local file system (a full
-    disk), DataError for a service that cannot be reached, refuses, or keeps failing.
+    disk), StorageError for a service that cannot be reached or keeps failing, DataError for one that refuses.
     """
     try:
         yield
@@ -118,13 +118,15 @@ def _translated(error: OSError | BotoCoreError | ClientError | aiohttp.ClientErr
     if isinstance(error, FileNotFoundError) and code != "NoSuchBucket":
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), error.filename or url)
     if code:
-        return DataError(f"{url}: {_EXPLANATIONS.get(code) or _one_line(error)} ({code})")
+        if code in _EXPLANATIONS:
+            return DataError(f"{url}: {_EXPLANATIONS[code]} ({code})")
+        return StorageError(f"{url}: {_one_line(error)} ({code})")
     if isinstance(error, NoCredentialsError):
         return DataError(f"{url}: no credentials in the environment or the AWS files (AWS_ACCESS_KEY_ID, ...)")
     if isinstance(error, EndpointConnectionError):
-        return DataError(f"{url}: cannot connect to the endpoint of the service (AWS_ENDPOINT_URL)")
+        return StorageError(f"{url}: cannot connect to the endpoint of the service (AWS_ENDPOINT_URL)")
     if not isinstance(error, OSError) or isinstance(error, BotoCoreError | aiohttp.ClientError):
-        return DataError(f"{url}: {_one_line(error)}")
+        return StorageError(f"{url}: {_one_line(error)}")
     if error.filename is None and error.errno is not None:
         return OSError(error.errno, error.strerror or _one_line(error), url)
     return error

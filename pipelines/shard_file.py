@@ -10,7 +10,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blt.errors import DataError
+from blt.errors import DataError, StorageError
 from pipelines.storage import Storage
 
 
@@ -43,12 +43,14 @@ class ShardFile:
         return int(self._parquet.metadata.row_group(row_group).num_rows)
 
     def read(self, row_group: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """One row group, all columns or some; DataError if it cannot be read."""
+        """One row group, all columns or some; DataError if it cannot be read, StorageError if that may pass."""
         try:
             # On this thread: Arrow's own may hold the Python file beyond the end of the process, and abort it.
             return self._parquet.read_row_group(row_group, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"shard {self.url}, row group {row_group}: cannot be read: {_one_line(error)}") from error
+            text = f"shard {self.url}, row group {row_group}: cannot be read: {_one_line(error)}"
+            # Arrow tells of broken files by an OSError too, without a number of the system's.
+            raise (StorageError if getattr(error, "errno", None) else DataError)(text) from error
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Every row group in order."""

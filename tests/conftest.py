@@ -12,6 +12,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # report() waits for this poll: 2 s by default
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Compute threads that wait let others have the cores: tests run many processes on few of them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Parity tests build transformers models from configurations, never from a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -89,27 +89,38 @@ class CheckpointDirectory:
             if stored.shape != tuple(tensor.shape):
                 raise CheckpointError(f"{url}: {name} has shape {list(stored.shape)}, not {list(tensor.shape)}")
 
+    def holds(self, step: int, data: bytes) -> bool:
+        """Whether the record of a checkpoint is there and is `data`."""
+        try:
+            return self.record_bytes(step) == data
+        except FileNotFoundError:
+            return False
+
     def set_aside(self, step: int, data: bytes) -> None:
         """Make a broken checkpoint one that is not whole, unless it was replaced since its record was read (`data`)."""
-        path = self.path(step, RECORD_NAME)
-        with contextlib.suppress(FileNotFoundError):
-            if self.storage.read_bytes(path) == data:
-                self.storage.write_replace(self.path(step, BROKEN_NAME), data)
-                self.storage.delete(path)
+        if self.holds(step, data):
+            self.storage.write_replace(self.path(step, BROKEN_NAME), data)
+            self.storage.delete(self.path(step, RECORD_NAME))
 
-    def tidy(self, newest: CheckpointRecord, keep: int) -> None:
+    def tidy(self, keep: int, *, alone: bool = False) -> None:
         """Once a save is whole: remove all but the `keep` newest checkpoints, and what saves that were cut off left.
 
-        A failure is logged: the next time does it.
+        alone: nobody saves meanwhile, so the newest may be rid of files that its record does not name; else another
+        replica may be about to save the same step. A failure is logged: the next time does it.
         """
         try:
             files = self._files()
             for step in _outdated(files, keep):
                 self._remove(step, files[step])
                 self._remove_directory(step)
-            self._remove(newest.step, set(files[newest.step]) - {RECORD_NAME, *newest.files})
+            for step in _whole(files):
+                if BROKEN_NAME in files[step]:  # it was made again
+                    self.storage.delete(self.path(step, BROKEN_NAME))
+            if alone and (newest := next(iter(_whole(files)), None)) is not None:
+                named = self.decode(newest, self.record_bytes(newest)).files
+                self._remove(newest, set(files[newest]) - {RECORD_NAME, *named})
             self.storage.remove_leftovers(self.storage.leftovers(LEFTOVER_SECONDS))
-        except (BltError, OSError) as error:
+        except (BltError, OSError, ValueError) as error:
             logger.warning("old checkpoints stay for now: %s", one_line(error))
 
     def _files(self) -> dict[int, list[str]]:

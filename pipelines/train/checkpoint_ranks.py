@@ -5,7 +5,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from blt.errors import BltError, CheckpointError
+from blt.errors import BltError, CheckpointError, CheckpointStorageError, StorageError
 
 Answer = TypeVar("Answer")
 
@@ -14,7 +14,8 @@ class Ranks:
     """All ranks of the default process group, talking over a gloo group of their own, so that another thread may use
     the default one meanwhile; one rank alone where there is no process group. Made by all ranks together.
 
-    An error of storage on one rank (BltError, OSError) is a CheckpointError on every rank, never a rank that waits.
+    An error of storage on one rank (BltError, OSError) is a CheckpointError on every rank, never a rank that waits; a
+    CheckpointStorageError where it may pass.
     """
 
     def __init__(self) -> None:
@@ -43,16 +44,21 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _outcome(ask: Callable[[], Any]) -> tuple[Any, str | None]:
-    """The answer, or what went wrong."""
+def may_pass(error: BaseException) -> bool:
+    """Whether storage failed in a way that another time may not."""
+    return isinstance(error, StorageError | OSError)
+
+
+def _outcome(ask: Callable[[], Any]) -> tuple[Any, str | None, bool]:
+    """The answer; or what went wrong, and whether that may pass."""
     try:
-        return ask(), None
+        return ask(), None, False
     except (BltError, OSError) as error:
-        return None, one_line(error)
+        return None, one_line(error), may_pass(error)
 
 
-def _answer(rank: int, outcome: tuple[Any, str | None]) -> Any:
-    answer, error = outcome
+def _answer(rank: int, outcome: tuple[Any, str | None, bool]) -> Any:
+    answer, error, passes = outcome
     if error is not None:
-        raise CheckpointError(f"rank {rank}: {error}")
+        raise (CheckpointStorageError if passes else CheckpointError)(f"rank {rank}: {error}")
     return answer

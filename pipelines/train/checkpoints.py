@@ -24,11 +24,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from blt.errors import CheckpointError
+from blt.errors import CheckpointError, CheckpointStorageError
 from pipelines.storage import Storage
 from pipelines.train.checkpoint_directory import CHECKPOINTS_NAME, CheckpointDirectory
 from pipelines.train.checkpoint_files import FilesReader, FilesWriter
-from pipelines.train.checkpoint_ranks import Ranks, one_line
+from pipelines.train.checkpoint_ranks import Ranks, may_pass, one_line
 from pipelines.train.checkpoint_record import RECORD_NAME, CheckpointRecord
 
 __all__ = ["CHECKPOINTS_NAME", "Checkpoints", "Loaded", "Saved"]
@@ -109,6 +109,10 @@ class Checkpoints:
             blocked = time.perf_counter() - began
             self._pending = _in_background(functools.partial(self._save_or_tell, snapshot, began, blocked))
 
+    def clean(self) -> None:
+        """Remove what is not part of the newest checkpoints, once no rank saves any more."""
+        self._directory.tidy(self._keep, alone=True)
+
     def wait(self) -> None:
         """Until no save is under way. One that failed was told to `on_failed`; raises only what is no failure to write,
         such as the loss of another rank.
@@ -127,14 +131,22 @@ class Checkpoints:
         broken: dict[int, list[str]] = {}
         while (found := self._ranks.first(lambda: self._directory.newest(broken))) is not None:
             step, data = found
-            record, broken[step] = self._examined(step, data)
-            if record is not None and not broken[step]:
+            record, faults_found = self._examined(step, data)
+            if record is not None and not faults_found:
                 self._directory.check_fit(record, tensors)
                 if foreign := record.tensors.keys() - tensors.keys():
                     url = self._directory.url(step)
                     raise CheckpointError(f"{url}: holds tensors of another model, such as {min(foreign)}")
-                self._fill(record, tensors)
-                return Loaded(record.step, record.state, [fault for faults in broken.values() for fault in faults])
+                try:
+                    self._fill(record, tensors)
+                    return Loaded(record.step, record.state, [fault for faults in broken.values() for fault in faults])
+                except CheckpointError:
+                    if self._is_there(step, data):
+                        raise
+            # Replicas that train meanwhile remove old checkpoints: one that went is not broken, and there is a newer.
+            if not self._is_there(step, data):
+                continue
+            broken[step] = faults_found
             if self._ranks.rank == 0:
                 faults = "; ".join(broken[step])
                 logger.warning("a checkpoint is broken, going back to the one before: %s", faults)
@@ -146,6 +158,10 @@ class Checkpoints:
                 f"files of one back and name its record {RECORD_NAME} again, or remove the directory to begin anew"
             )
         return None
+
+    def _is_there(self, step: int, data: bytes) -> bool:
+        """Whether the record of a checkpoint is still the one that was read."""
+        return self._ranks.first(lambda: self._directory.holds(step, data))
 
     def load_model(self, step: int, weights: Mapping[str, Tensor]) -> None:
         """Fill plain tensors, by the names of the parameters, in place; one process does it, whatever others do.
@@ -174,11 +190,11 @@ class Checkpoints:
             save(dict(tensors), storage_writer=writer, planner=_Planner(parts), process_group=self._ranks.group)
         except CheckpointException as error:
             writer.discard()
-            raise CheckpointError(f"{self._directory.url(step)}: cannot be written: {_cause(error)}") from error
+            raise _translated(f"{self._directory.url(step)}: cannot be written", error) from error
         if self._ranks.rank == 0:
             seconds = time.perf_counter() - began
             self._on_saved(Saved(step, seconds if blocked is None else blocked, seconds))
-            self._directory.tidy(writer.record, self._keep)
+            self._directory.tidy(self._keep)
 
     def _save_or_tell(self, snapshot: _Snapshot, began: float, blocked: float) -> None:
         try:
@@ -225,7 +241,7 @@ class Checkpoints:
         try:
             load(dict(tensors), storage_reader=reader, process_group=self._ranks.group, no_dist=alone)
         except CheckpointException as error:
-            raise CheckpointError(f"{self._directory.url(record.step)}: cannot be read: {_cause(error)}") from error
+            raise _translated(f"{self._directory.url(record.step)}: cannot be read", error) from error
 
 
 class _Planner(DefaultSavePlanner):
@@ -262,7 +278,8 @@ def _in_background(work: Callable[[], None]) -> Future[None]:
     return future
 
 
-def _cause(error: CheckpointException) -> str:
+def _translated(what: str, error: CheckpointException) -> CheckpointError:
     """One line: what went wrong on the first rank that failed."""
     rank, (cause, _) = min(error.failures.items())
-    return f"rank {rank}: {one_line(cause)}"
+    passes = all(may_pass(failure) for failure, _ in error.failures.values())
+    return (CheckpointStorageError if passes else CheckpointError)(f"{what}: rank {rank}: {one_line(cause)}")

@@ -69,7 +69,7 @@ class TrainConfig:
     """Failures of workers that are recovered from without a new step between them: a run that gets on goes on however
     often workers die. Preemptions announced by the cluster do not count."""
     hang_seconds: float = 300.0
-    """A worker that makes no progress for this long is ended and counts as failed."""
+    """A worker that makes no progress for this long (in a checkpoint, ten times as long) is ended: a failure."""
 
     def __post_init__(self) -> None:
         positive = ("steps", "global_batch", "micro_batch", "sequence_bytes", "shuffle_row_groups", "workers")

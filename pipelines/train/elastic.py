@@ -1,16 +1,13 @@
-"""Changes of a worker group, from both ends: what the controller of Ray Train does to its workers, and what they do.
+"""Changes of a worker group, from the controller's end: what Ray Train's controller is about to do in, requests out.
 
 `ElasticCallback` runs in the controller. It asks the workers for a checkpoint before a group grows, tells the recorder
-of every event, and ends the run on faults that another try would only repeat. `Changes` is a worker's end: it
-knows of requests and of the cluster's notice that a node will go, and answers when the checkpoint is there.
-`Watchdog` ends a worker that makes no progress.
+of every event, ends the run on faults that another try would only repeat, and has a dead replica replaced only once
+there is room for another.
 
 The hooks are internal to Ray Train 2.60 (tests/pipelines/train/test_elastic.py holds them to what is used here).
 """
 
 import logging
-import os
-import signal
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -18,65 +15,24 @@ from typing import Any
 import ray
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
+from ray.util.placement_group import placement_group_table
 
-from blt.errors import BltError, TrainingError
+from blt.errors import BltError, StorageError, TrainingError
+from pipelines.train.changes import SECONDS_TO_SAVE, PreemptedError, request_save, wait_until_saved
 from pipelines.train.recorder import RecorderHandle
 from pipelines.train.timeline import Cause
 
 logger = logging.getLogger(__name__)
 
-SECONDS_TO_SAVE = 300.0
-"""Longest wait for a requested checkpoint, and for the change that it was made for."""
+LOOK_SECONDS = 0.5
+"""Between looks for room for a replica."""
+SECONDS_TO_ASK = 30.0
+"""For a request to reach all workers."""
 
 
-class PreemptedError(Exception):
-    """Raised by every worker once the state is saved and the cluster has told that a node will go."""
-
-
-class Changes:
-    """A worker's knowledge of what the controller and the cluster are about to do; one per process."""
-
-    def __init__(self) -> None:
-        self._requested, self._saved = threading.Event(), threading.Event()
-
-    def request_save(self) -> None:
-        """Called by the controller, before it replaces the group."""
-        self._saved.clear()
-        self._requested.set()
-
-    def wait_until_saved(self, seconds: float) -> bool:
-        """Called by the controller; False if no checkpoint was made in time."""
-        return self._saved.wait(seconds)
-
-    def save_is_requested(self) -> bool:
-        """By the controller, or since a node of the group will go."""
-        return self._requested.is_set() or self.node_will_go()
-
-    def node_will_go(self) -> bool:
-        """Whether the cluster has announced the loss of a node that this group runs on."""
-        return get_train_context().preemption_context.preemption_info is not None
-
-    def hold(self) -> None:
-        """After the checkpoint: leave the group if a node will go, else wait to be replaced by the controller."""
-        if self.node_will_go():
-            raise PreemptedError
-        self._requested.clear()
-        self._saved.set()
-        threading.Event().wait(SECONDS_TO_SAVE)
-        logger.warning("no change came within %.0f s of the checkpoint for it: going on", SECONDS_TO_SAVE)
-
-
-CHANGES = Changes()
-"""Of this process: the controller's requests reach it by name."""
-
-
-def _request_save() -> None:
-    CHANGES.request_save()
-
-
-def _wait_until_saved() -> bool:
-    return CHANGES.wait_until_saved(SECONDS_TO_SAVE)
+class RunIsOverError(Exception):
+    """The workers that are left have done everything, while another could not be replaced."""
 
 
 class ElasticCallback(ControllerCallback, WorkerGroupCallback):
@@ -88,6 +44,11 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
         self._size = 0
         self._is_resizing = False
         self._fault: str | None = None
+        self._told: set[str] = set()
+        """Actors whose errors were told: a controller that waits for the others looks again and again."""
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        ray.get(self._recorder.group_begins.remote())
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         size = len(worker_group.get_workers())
@@ -99,29 +60,32 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
         self._is_resizing = type(previous_state).__name__ == "ResizingState"
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        """Have the workers save before their group is torn down for another one."""
-        if not self._is_resizing or self._group is None:
+        """Have the workers save before their group is torn down for another one; or wait for room for a replica."""
+        if self._group is None:
+            return
+        if not self._is_resizing:
+            self._wait_for_room()
             return
         try:
-            self._group.execute(_request_save)
-            if not all(ray.get(self._group.execute_async(_wait_until_saved), timeout=SECONDS_TO_SAVE + 30)):
-                logger.warning("the workers did not save in time: going back to the newest checkpoint")
-        except ray.exceptions.RayError as error:  # a worker died meanwhile: the new group starts from what there is
+            ray.get(self._group.execute_async(request_save), timeout=SECONDS_TO_ASK)
+            if not all(ray.get(self._group.execute_async(wait_until_saved), timeout=SECONDS_TO_SAVE + SECONDS_TO_ASK)):
+                logger.warning("the workers did not save: going back to the newest checkpoint")
+        except ray.exceptions.RayError as error:  # one died or stands still: the new group starts from what there is
             self._tell("failure", _line(error))
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        errors: Mapping[int, Exception] = worker_group_status.errors
+        errors = self._news(worker_group_status.errors)
         if not errors:
             return
-        fatal = [error for error in errors.values() if isinstance(error, BltError)]
-        if any(isinstance(error, PreemptedError) for error in errors.values()):
-            self._tell("preemption", "a node will go; all workers have saved")
+        notice = next((error for error in errors.values() if isinstance(error, PreemptedError)), None)
+        if notice is not None or any(_is_preempted_actor(error) for error in errors.values()):
+            self._tell("preemption", f"a node will go: {notice}" if notice else "a node went as announced")
             return
         rank, error = next(iter(errors.items()))
         hangs = isinstance(error, WorkerHealthCheckTimeoutError)
         self._tell("hang" if hangs else "failure", f"worker {rank}: {_line(error)}")
         failures: int = ray.get(self._recorder.failures.remote())
-        if fatal:
+        if fatal := [error for error in errors.values() if is_fatal(error)]:
             self._fault = _line(fatal[0])
         elif failures > self._max_failures:
             self._fault = too_many_failures(failures, self._max_failures, _line(error))
@@ -131,51 +95,52 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
         if self._fault is not None:
             raise TrainingError(self._fault)
 
+    def _news(self, errors: Mapping[int, Exception]) -> dict[int, Exception]:
+        """Those of workers whose errors were not told before."""
+        if not errors:
+            return {}
+        workers = self._group.get_workers()
+        actors = {rank: str(workers[rank].actor) for rank in errors}
+        new = {rank: error for rank, error in errors.items() if actors[rank] not in self._told}
+        self._told.update(actors.values())
+        return new
+
+    def _wait_for_room(self) -> None:
+        """Until a dead replica's place is there again, or none of its group needs it any more.
+
+        Ray would wait for the place without end, and meanwhile see neither the others' deaths nor their end.
+        """
+        looked = threading.Event()
+        while self._group.has_started():
+            status = self._group.get_latest_poll_status()
+            failing = set() if status is None else status.failing_replica_group_indices
+            if not failing or failing == status.all_replica_group_indices:
+                return  # the whole group starts again
+            if not any(one.running for one in status.worker_statuses.values() if one.error is None):
+                raise RunIsOverError
+            if _has_room(self._group):
+                return
+            looked.wait(LOOK_SECONDS)
+            self._group.poll_status(timeout=LOOK_SECONDS)
+
     def _tell(self, cause: Cause, detail: str) -> None:
         self._recorder.event.remote(cause, detail)
 
 
-class Watchdog:
-    """Kills this process when it makes no progress for `seconds`; a context manager that looks away until `resume`."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds, self._alive, self._ended = seconds, threading.Event(), threading.Event()
-        self._is_paused = True
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-
-    def __enter__(self) -> "Watchdog":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        self._alive.set()
-        self._thread.join()
-
-    def alive(self) -> None:
-        """There was progress."""
-        self._alive.set()
-
-    def pause(self) -> None:
-        """What follows may take any time."""
-        self._is_paused = True
-
-    def resume(self) -> None:
-        """There was progress, and there must be more."""
-        self._alive.set()
-        self._is_paused = False
-
-    def _watch(self) -> None:
-        while not self._ended.is_set():
-            self._alive.clear()
-            if not self._alive.wait(self._seconds) and not self._is_paused:
-                logger.error("no progress for %.0f s: this worker ends itself", self._seconds)
-                os.kill(os.getpid(), signal.SIGKILL)
+def is_fatal(error: Exception) -> bool:
+    """Whether another try would only repeat it. Storage that fails now may work again."""
+    return isinstance(error, BltError) and not isinstance(error, StorageError)
 
 
 def too_many_failures(failures: int, max_failures: int, last: str) -> str:
     """Why a run is given up, for a person."""
     return f"{failures} failures without a new step between them, max_failures is {max_failures}; the last: {last}"
+
+
+def _has_room(group: Any) -> bool:
+    """Whether all places of a group are there: on a node that is lost, Ray looks for another one."""
+    placement = placement_group_table(group.get_worker_group_state().placement_group_handle.placement_group)
+    return bool(placement["state"] == "CREATED")
 
 
 def _line(error: BaseException) -> str:

@@ -69,7 +69,7 @@ class Recorder:
         self._metrics = MetricsWriter(self._directory)
         self._timeline = TimelineWriter(self._directory)
         self._gauges = RayGauges(config.run)
-        self._arrived: dict[str, set[str]] = {}
+        self._arrived: set[str] = set()
         self._joined: dict[str, float] = {}
         self._made = array("d")
         """When each step was made, from step 1 on; 0 for those before this recorder."""
@@ -80,11 +80,14 @@ class Recorder:
         self._failure: str | None = None
         self._timeline.write(Started(at=time.time()))
 
-    def arrived(self, group: str, worker: str) -> int:
-        """How many workers have arrived in a group by now, this one among them; a replacement is one more."""
-        workers = self._arrived.setdefault(group, set())
-        workers.add(worker)
-        return len(workers)
+    def group_begins(self) -> None:
+        """A new group of workers is about to start."""
+        self._arrived.clear()
+
+    def arrived(self, worker: str) -> int:
+        """How many workers of the group have arrived by now, this one among them; a replacement is one more."""
+        self._arrived.add(worker)
+        return len(self._arrived)
 
     def joined(self, worker: str, step: int, peak_flops: float) -> None:
         """A worker, by a name that no other has, stands ready at `step`; peak_flops: FLOP/s of its device."""

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 import ray
 import torch
 from ray.train.v2._internal.constants import TORCHFT_LIGHTHOUSE_ADDR_ENV_VAR
-from ray.train.v2.torch.torchft_config import TorchftConfig
+from ray.train.v2.torch.torchft_config import LighthouseServerActor, TorchftConfig, _TorchftBackend
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 from torch.distributed import ReduceOp
 
@@ -25,7 +26,7 @@ from blt.optim import build_optimizer
 from blt.parallel import FlatGradients, Gradients
 from blt.recomputation import prepare_blocks
 from blt.training_tensors import training_tensors
-from pipelines.train.elastic import CHANGES
+from pipelines.train.changes import CHANGES
 from pipelines.train.job import Model, TrainJob
 from pipelines.train.recorder import RecorderHandle
 from pipelines.train.survival import Cluster, Place, Share, checkpoints_of
@@ -48,7 +49,25 @@ def replicated_backend(bind_address: str, min_workers: int) -> TorchftConfig:
         "join_timeout_ms": JOIN_TIMEOUT_MS,
         "heartbeat_timeout_ms": HEARTBEAT_TIMEOUT_MS,
     }
-    return TorchftConfig(lighthouse_kwargs=lighthouse, backend="gloo")
+    return _Config(lighthouse_kwargs=lighthouse, backend="gloo")
+
+
+class _Config(TorchftConfig):
+    @property
+    def backend_cls(self) -> type[_TorchftBackend]:
+        return _Backend
+
+
+class _Backend(_TorchftBackend):
+    """Ray's, but for a Lighthouse that asks for no CPU: the head of a cluster may have none to give."""
+
+    def _maybe_create_lighthouse_actor(self, backend_config: TorchftConfig) -> str:
+        if self.lighthouse_actor is None:
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            lighthouse: Any = LighthouseServerActor
+            options = lighthouse.options(num_cpus=0, scheduling_strategy=here)
+            self.lighthouse_actor = options.remote(lighthouse_kwargs=backend_config.lighthouse_kwargs)
+        return str(ray.get(self.lighthouse_actor.address.remote()))
 
 
 class ReplicatedTraining:
@@ -64,11 +83,13 @@ class ReplicatedTraining:
         self._checkpoints = checkpoints_of(job, cluster.recorder)
         if (loaded := self._checkpoints.load_newest(self._tensors)) is not None:
             place.take(loaded.state)
+            place.saved = loaded.step
         else:
             self.model.load_state_dict(job.initial_weights())
         self._manager = self._join(device, cluster.address, datetime.timedelta(seconds=config.hang_seconds))
         self.gradients: Gradients = FlatGradients(self.model.parameters(), self.sum)
-        _wait_for_the_others(cluster.recorder, config.workers)
+        if place.saved < config.steps:
+            _wait_for_the_others(cluster.recorder, config.workers)
 
     def _join(self, device: torch.device, controller_address: str, timeout: datetime.timedelta) -> Any:
         from torchft import Manager, ProcessGroupGloo, ProcessGroupNCCL  # an extra: only this mode needs it
@@ -77,14 +98,15 @@ class ReplicatedTraining:
         self._group = group = (ProcessGroupNCCL if device.type == "cuda" else ProcessGroupGloo)(timeout=timeout)
         manager = Manager(
             pg=group,
-            # Between the members of the quorum, into the tensors in place: no server that others could ask for them.
-            checkpoint_transport=PGTransport(group, timeout, device, state_dict=self._hand_over),
+            # Between the members of the quorum: no server that others could ask for them. Not into the tensors in
+            # place: where the giver dies in the middle, they must be what they were.
+            checkpoint_transport=PGTransport(group, timeout, device),
             load_state_dict=self._take_over,
             state_dict=self._hand_over,
             min_replica_size=1,
             use_async_quorum=False,
             timeout=timeout,
-            quorum_timeout=timeout,
+            quorum_timeout=timeout + datetime.timedelta(milliseconds=JOIN_TIMEOUT_MS),
             rank=0,
             world_size=1,
             hostname=ray.util.get_node_ip_address(),
@@ -99,11 +121,12 @@ class ReplicatedTraining:
         """Take over a checkpoint that was made while this worker started: those who made it may be gone, all steps
         done, and nobody is left to take over from.
         """
-        if next(iter(self._checkpoints.steps()), 0) <= self._place.steps_done:
-            return
-        if (loaded := self._checkpoints.load_newest(self._tensors)) is not None:
+        newest = next(iter(self._checkpoints.steps()), 0)
+        if newest > self._place.steps_done and (loaded := self._checkpoints.load_newest(self._tensors)) is not None:
             self._place.take(loaded.state)
             self._manager.load_state_dict({"step": self._place.rounds, "batches_committed": 0})
+        if newest >= self._place.steps_done:
+            self._place.saved = self._place.steps_done
 
     def begin(self) -> Share:
         self._manager.start_quorum()
@@ -130,11 +153,12 @@ class ReplicatedTraining:
         return CHANGES.save_is_requested()
 
     def save(self, share: Share, wait: bool) -> None:
-        """By the first of the workers alone."""
-        if share.rank == 0:
-            self._checkpoints.save(self._place.steps_done, self._tensors, self._place.state(), wait=wait)
+        """By the first of the workers alone; not again where the round was void after it was made."""
+        step = self._place.steps_done
+        if share.rank == 0 and self._place.saved < step and not (wait and step in self._checkpoints.steps()):
+            self._checkpoints.save(step, self._tensors, self._place.state(), wait=wait)
 
-    def hold(self) -> None:
+    def hold(self, saved: bool) -> None:
         """Nothing to wait for: whoever goes, the others go on."""
 
     def close(self) -> None:
@@ -156,9 +180,8 @@ def _wait_for_the_others(recorder: RecorderHandle, workers: int) -> None:
     A replacement goes on at once, since its group is complete already (unless the recorder was lost since: then it
     waits in vain, as long as for one that is late).
     """
-    group, worker = os.environ[TORCHFT_LIGHTHOUSE_ADDR_ENV_VAR], uuid.uuid4().hex
-    deadline = time.monotonic() + JOIN_TIMEOUT_MS / 1000
-    while (arrived := ray.get(recorder.arrived.remote(group, worker))) < workers:
+    worker, deadline = uuid.uuid4().hex, time.monotonic() + JOIN_TIMEOUT_MS / 1000
+    while (arrived := ray.get(recorder.arrived.remote(worker))) < workers:
         if time.monotonic() > deadline:
             logger.warning("only %d of %d workers are there: beginning without the others", arrived, workers)
             return

@@ -14,7 +14,7 @@ from blt.optim import build_optimizer
 from blt.parallel import Gradients, sum_over_ranks
 from blt.sharding import ShardedGradients, load_full, sharded
 from blt.training_tensors import training_tensors
-from pipelines.train.elastic import CHANGES
+from pipelines.train.changes import CHANGES
 from pipelines.train.job import Model, TrainJob
 from pipelines.train.survival import Cluster, Place, Share, checkpoints_of
 
@@ -40,6 +40,7 @@ class ShardedTraining:
         self._checkpoints = checkpoints_of(job, cluster.recorder)
         if (loaded := self._checkpoints.load_newest(self._tensors)) is not None:
             place.take(loaded.state)
+            place.saved = loaded.step
         else:
             load_full(self.model, job.initial_weights() if self._share.rank == 0 else None)
 
@@ -60,9 +61,11 @@ class ShardedTraining:
 
     def save(self, share: Share, wait: bool) -> None:
         self._checkpoints.save(self._place.steps_done, self._tensors, self._place.state(), wait=wait)
+        if wait:
+            self._place.saved = self._place.steps_done
 
-    def hold(self) -> None:
-        CHANGES.hold()
+    def hold(self, saved: bool) -> None:
+        CHANGES.hold(saved)
 
     def close(self) -> None:
-        """The last checkpoint was waited for."""
+        CHANGES.finish()

@@ -3,7 +3,7 @@
 `ShardedTraining` (pipelines.train.sharded): weights are spread over the workers of one group, which starts again from
 the newest checkpoint, maybe with other workers. `ReplicatedTraining` (pipelines.train.replicated): every worker holds
 the whole model, and when one dies the others do the step again without it.
-The loop runs in rounds (an update or an evaluation): begin, compute one's share, sum, commit.
+The loop runs in rounds (an update, an evaluation, the last checkpoint): begin, compute one's share, sum, commit.
 """
 
 import logging
@@ -46,14 +46,16 @@ class Place:
     evaluated: int = 0
     """The step after which the newest held-out evaluation was made."""
     rounds: int = 0
-    """Updates and evaluations that stand."""
+    """Updates, evaluations and the last checkpoint, as far as they stand."""
+    saved: int = 0
+    """Step of the newest checkpoint that is known to be whole."""
 
     def state(self) -> dict[str, int]:
         """What a checkpoint keeps of it."""
         return {"steps_done": self.steps_done, "evaluated": self.evaluated, "rounds": self.rounds}
 
     def take(self, state: Mapping[str, int]) -> None:
-        """Stand where `state` was taken."""
+        """Stand where `state` was taken; what is saved of that is another matter."""
         self.steps_done, self.evaluated, self.rounds = state["steps_done"], state["evaluated"], state["rounds"]
 
 
@@ -106,7 +108,7 @@ class Survival(Protocol):
         """Write a checkpoint of this place; in the background unless `wait`: then CheckpointError if it fails."""
         ...
 
-    def hold(self) -> None:
+    def hold(self, saved: bool) -> None:
         """After a requested save: stand still until the cluster has changed, or it turns out that it does not."""
         ...
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -125,15 +125,16 @@ def train(job: TrainJob, on_step: Callable[[Record], None] = lambda record: None
         )
     )
     with _followed(recorder, on_step):
-        _fit(job, recorder)
+        _fit(job, recorder, checkpoints)
     _export(job, checkpoints)
+    checkpoints.clean()
     account: Account = ray.get(recorder.account.remote())
     ray.get(recorder.close.remote())
     _tell(account)
     return _result(job, account)
 
 
-def _fit(job: TrainJob, recorder: RecorderHandle) -> None:
+def _fit(job: TrainJob, recorder: RecorderHandle, checkpoints: Checkpoints) -> None:
     """Have the workers train. TrainingError with what a worker told last if that is nothing a retry mends."""
     while True:
         try:
@@ -144,6 +145,9 @@ def _fit(job: TrainJob, recorder: RecorderHandle) -> None:
             message: str | None = ray.get(recorder.failure.remote())
             if message is not None:
                 raise TrainingError(message) from error
+            if job.config.steps in checkpoints.steps():
+                logger.warning("the run is whole, though Ray Train gave it up: %s", error)
+                return
             if not _is_death_met_by_the_controller(error):
                 raise
             recorder.event.remote("failure", "Ray Train gave up at the death of a worker")
@@ -171,8 +175,10 @@ def _fit_once(job: TrainJob, recorder: RecorderHandle) -> None:
 
 
 def _is_death_met_by_the_controller(error: Exception) -> bool:
-    """Ray Train gives a run up when it meets a dead worker elsewhere than in its regular look at all of them."""
-    return isinstance(error, ControllerError) and isinstance(error.controller_failure, RayActorError)
+    """Ray Train gives a run up when it meets a dead worker elsewhere than in its regular look at all of them: as an
+    actor that does not answer, or as an error of another that waited for it.
+    """
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, RayActorError | RayTaskError)
 
 
 def _scaling(config: TrainConfig) -> ScalingConfig:

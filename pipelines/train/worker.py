@@ -20,7 +20,7 @@ from blt.loss import bits_per_byte
 from blt.optim import lr_factor, set_lr
 from blt.step import Batch, StepCounts, StepTotals, accumulate, tally_batch, update
 from pipelines.train.batch import make_batch
-from pipelines.train.elastic import Watchdog
+from pipelines.train.elastic import is_fatal
 from pipelines.train.feed import Feed, FeedConfig, SequenceReader
 from pipelines.train.job import TrainJob
 from pipelines.train.metrics import StepRecord, peak_memory_bytes
@@ -29,6 +29,10 @@ from pipelines.train.replicated import ReplicatedTraining
 from pipelines.train.sharded import ShardedTraining
 from pipelines.train.survival import Cluster, Place, Share, Survival
 from pipelines.train.timeline import Cause
+from pipelines.train.watchdog import Watchdog
+
+SAVING_TO_COMPUTING = 10.0
+"""How many times as long a checkpoint may take as a micro-batch before a worker counts as hung."""
 
 
 def train_worker(run: tuple[TrainJob, Cluster]) -> None:
@@ -39,7 +43,8 @@ def train_worker(run: tuple[TrainJob, Cluster]) -> None:
     try:
         Worker(job, cluster).run()
     except BltError as error:
-        ray.get(cluster.recorder.fail.remote(str(error)))
+        if is_fatal(error):
+            ray.get(cluster.recorder.fail.remote(str(error)))
         raise
 
 
@@ -58,7 +63,7 @@ class Worker:
         else:
             self.survival = ShardedTraining(self.place, *ties)
         self.counts = StepCounts(self.device)
-        self.watchdog = Watchdog(self.config.hang_seconds)
+        self.watchdog = Watchdog()
         self.tries, self.paused_seconds, self.save_requested = 1, 0.0, False
 
     def run(self) -> None:
@@ -70,31 +75,38 @@ class Worker:
         with feeding as feed, self.watchdog:
             while not self._is_over():
                 self._round(feed)
-                self.watchdog.resume()
         self.survival.close()
 
     def _round(self, feed: Feed) -> None:
-        """An update or an evaluation, and the checkpoint that is due after it."""
-        began = time.perf_counter()
+        """An update and the checkpoint that is due after it, an evaluation, or, after all of them, the last checkpoint.
+
+        What waits for other workers (begin, sum, commit) has timeouts of its own; the watchdog looks at the rest.
+        """
         share = self.survival.begin()  # may bring a worker that comes late up to the others' place, or to their end
         if self._is_over():
             return
-        began = began if self.tries == 1 else time.perf_counter()
-        stands = self._evaluate(share) if self._evaluation_is_due() else self._step(share, feed, began)
-        self.tries = 1 if stands else self.tries + 1
+        if self._evaluation_is_due():
+            stands = self._evaluate(share)
+        elif self.place.steps_done < self.config.steps:
+            stands = self._step(share, feed)
+        else:
+            stands = self._save_last(share)
+        self.tries += not stands
         self.place.rounds += stands
-        if stands and not self._evaluation_is_due():
+        if stands and self.place.steps_done < self.config.steps and not self._evaluation_is_due():
             self._save_if_due(share)
 
-    def _step(self, share: Share, feed: Feed, began: float) -> bool:
+    def _step(self, share: Share, feed: Feed) -> bool:
         """One try of an update; whether it stands."""
+        began = time.perf_counter()
         done, waited, survival = self.place.steps_done, feed.waited_seconds, self.survival
-        given = feed.step(done, share.rank, share.world_size)
         self.counts.zero()
         survival.gradients.zero()
-        self.counts.add_sequences(given.sequence_hash, given.patches)
         self.counts.request_save(survival.save_is_requested())
-        accumulate(survival.model, self.counts, self._watched(given.batches), self.autocast)
+        with self.watchdog.watches(self.config.hang_seconds):
+            given = feed.step(done, share.rank, share.world_size)
+            self.counts.add_sequences(given.sequence_hash, given.patches)
+            accumulate(survival.model, self.counts, self._watched(given.batches), self.autocast)
         survival.sum(self.counts.vector)
         survival.gradients.sum_over_ranks()
         if not survival.commit():
@@ -124,7 +136,7 @@ class Worker:
                 peak_memory_bytes=peak_memory_bytes(),
             )
             self.recorder.step.remote(self.name, record)
-        self.paused_seconds = 0.0
+        self.paused_seconds, self.tries = 0.0, 1
         return True
 
     def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -150,7 +162,7 @@ class Worker:
             self.recorder.event.remote(cause, detail)
 
     def _is_over(self) -> bool:
-        return self.place.steps_done >= self.config.steps and not self._evaluation_is_due()
+        return self.place.saved == self.config.steps
 
     def _is_due(self, every: int) -> bool:
         return self.place.steps_done % every == 0 or self.place.steps_done == self.config.steps
@@ -170,11 +182,12 @@ class Worker:
         reader, size = SequenceReader(self.job.data, index, 1), self.config.micro_batch
         self.counts.zero()
         self.survival.model.eval()
-        for number in range(micro_steps(sequences, size, share.world_size)):  # as many on every worker
-            self.watchdog.alive()
-            chosen = [reader.read(*one) for one in own[number * size : (number + 1) * size]]
-            batch = make_batch(chosen, with_patches=index.sequence_patches is not None)
-            self.counts.add(*tally_batch(self.survival.model, batch.to(self.device), self.autocast))
+        with self.watchdog.watches(self.config.hang_seconds):
+            for number in range(micro_steps(sequences, size, share.world_size)):  # as many on every worker
+                self.watchdog.alive()
+                chosen = [reader.read(*one) for one in own[number * size : (number + 1) * size]]
+                batch = make_batch(chosen, with_patches=index.sequence_patches is not None)
+                self.counts.add(*tally_batch(self.survival.model, batch.to(self.device), self.autocast))
         self.survival.model.train()
         self.survival.sum(self.counts.vector)
         if not self.survival.commit():
@@ -190,16 +203,27 @@ class Worker:
     def _save_if_due(self, share: Share) -> None:
         if not self._is_due(self.config.checkpoint_every) and not self.save_requested:
             return
-        self.watchdog.pause()  # a checkpoint that is waited for, and the change that it is for
-        began = time.perf_counter()
-        last = self.place.steps_done == self.config.steps
+        began, saved = time.perf_counter(), True
         try:
-            self.survival.save(share, wait=last or self.save_requested)
+            self._save(share, wait=self.save_requested)
         except CheckpointError as error:
-            if last:
-                raise
+            saved = False
             self._tell_event(share, "checkpoint", str(error))  # it was asked for, but the run can do without
         if self.save_requested:
-            self.survival.hold()
+            self.survival.hold(saved)
         self.save_requested = False
         self.paused_seconds += time.perf_counter() - began
+
+    def _save_last(self, share: Share) -> bool:
+        """The checkpoint of the last step, which nobody leaves before it is whole; whether it is."""
+        self._save(share, wait=True)
+        self.counts.zero()
+        self.survival.sum(self.counts.vector)
+        if not self.survival.commit():
+            return False
+        self.place.saved = self.place.steps_done
+        return True
+
+    def _save(self, share: Share, wait: bool) -> None:
+        with self.watchdog.watches(SAVING_TO_COMPUTING * self.config.hang_seconds):
+            self.survival.save(share, wait=wait)

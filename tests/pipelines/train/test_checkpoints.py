@@ -130,10 +130,37 @@ def test_what_a_cut_off_save_left_is_never_mixed_with_a_later_one_of_the_same_st
     (directory(tmp_path, 20) / RECORD_NAME).unlink()
     left = model_file(tmp_path, 20)
     checkpoints.save(20, tensors(7), {"steps_done": 20}, wait=True)
-    assert not left.exists()
     found = zeros(tensors(0))
     assert checkpoints.load_newest(found) == Loaded(20, {"steps_done": 20}, [])
     assert_equal(found, tensors(7))
+    assert left.exists(), "another replica may be about to save the same step"
+    checkpoints.clean()
+    assert not left.exists()
+    assert checkpoints.load_newest(found) == Loaded(20, {"steps_done": 20}, [])
+
+
+@pytest.mark.parametrize("moment", ["faults", "_fill"])
+def test_a_checkpoint_that_is_removed_while_it_is_loaded_is_not_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Replicas that train go on saving, and remove the one that a replacement loads: it takes their newest."""
+    told: list[str] = []
+    loading, training = Checkpoints(str(tmp_path), RUN, 2, on_broken=told.append), saved(tmp_path, 10, keep=1)
+    target = loading._directory if moment == "faults" else loading
+    original = getattr(target, moment)
+    steps = iter([20])
+
+    def overtaken(*args: object) -> object:
+        for step in steps:
+            training.save(step, tensors(step), {"steps_done": step}, wait=True)
+        return original(*args)
+
+    monkeypatch.setattr(target, moment, overtaken)
+    found = zeros(tensors(0))
+    assert loading.load_newest(found) == Loaded(20, {"steps_done": 20}, [])
+    assert_equal(found, tensors(20))
+    assert told == []
+    assert not list(tmp_path.rglob("broken.json"))
 
 
 def test_files_that_were_being_written_are_removed_once_they_are_old(tmp_path: Path) -> None:

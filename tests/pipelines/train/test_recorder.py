@@ -67,7 +67,9 @@ def test_a_step_that_two_workers_tell_of_counts_once(tmp_path: Path) -> None:
 
 def test_workers_arrive_once_each_in_their_group(tmp_path: Path) -> None:
     recorder = Recorder(config(str(tmp_path)))
-    assert [recorder.arrived(group, worker) for group, worker in ["ga", "ga", "gb", "ha", "gc"]] == [1, 1, 2, 1, 3]
+    assert [recorder.arrived(worker) for worker in "aabac"] == [1, 1, 2, 2, 3]
+    recorder.group_begins()
+    assert [recorder.arrived(worker) for worker in "de"] == [1, 2]
 
 
 def test_steps_done_again_by_a_later_worker_replace_the_first(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ Everything is real: Ray Train groups, raylets, signals. The curve is computed wi
 import contextlib
 import itertools
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -40,6 +42,8 @@ from tests.s3_server import S3Server
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
 
 PATIENCE_SECONDS = 150.0
+SECONDS_FOR_NODES = 60.0
+"""For a group to notice that a node is there: it looks every 15 s, and a node takes some to start."""
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,12 @@ def send(number: int, worker: int = 0) -> Callable[[], None]:
     return act
 
 
+def steps_taking(seconds: float, job: TrainJob, least: int) -> int:
+    """As many steps as take about that long here, from those of a run that is done."""
+    steps = told_steps(job.output)
+    return max(least, round(seconds / ((steps[-1].at - steps[10].at) / (len(steps) - 11))))
+
+
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_the_loss_curve_is_the_same_at_any_number_of_workers(data: str, tmp_path: Path, workers: int) -> None:
@@ -122,13 +132,13 @@ def test_the_loss_curve_is_the_same_at_any_number_of_workers(data: str, tmp_path
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("survival", ["sharded", "replicated"])
 def test_kill_9_of_a_worker(data: str, tmp_path: Path, survival: str) -> None:
-    job = tiny_job(data, tmp_path / "run", workers=3, steps=120, survival=survival)
-    account = disturbed(job, (35, send(signal.SIGKILL, 1)))
+    job = tiny_job(data, tmp_path / "run", workers=3, steps=200, survival=survival)
+    account = disturbed(job, (20, send(signal.SIGKILL, 1)))
     assert_follows(job.output, expected_curve(job))
-    assert {one.cause for one in account.interruptions} == {"failure"}
+    assert "failure" in {one.cause for one in account.interruptions}
     if survival == "replicated":
         assert account.steps_redone == 0
-        assert min(step.workers for step in told_steps(job.output)) == 2
+        assert 2 in {step.workers for step in told_steps(job.output)}
     else:
         assert account.steps_redone <= 2 * job.config.checkpoint_every  # the newest may not have been whole yet
     assert account.seconds_lost > 0
@@ -181,8 +191,8 @@ def test_a_run_that_ray_train_gave_up_after_a_death(data: str, tmp_path: Path, m
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("survival", ["sharded", "replicated"])
 def test_a_stopped_worker_is_ended(data: str, tmp_path: Path, survival: str) -> None:
-    """SIGSTOP: it neither works nor dies, and cannot do what it is asked to."""
-    job = tiny_job(data, tmp_path / "run", workers=2, steps=80, survival=survival, hang_seconds=8.0)
+    """SIGSTOP: it neither works nor dies, and cannot do what it is asked to. It alone is ended."""
+    job = tiny_job(data, tmp_path / "run", workers=3, steps=150, survival=survival, hang_seconds=20.0)
     before: list[psutil.Process] = []
 
     def stop() -> None:
@@ -192,17 +202,20 @@ def test_a_stopped_worker_is_ended(data: str, tmp_path: Path, survival: str) -> 
     account = disturbed(job, (30, stop))
     assert_follows(job.output, expected_curve(job))
     assert account.interruptions
+    if survival == "replicated":
+        assert account.steps_redone == 0
     assert not psutil.wait_procs(before[:1], timeout=30)[1], "the stopped process is still there"
 
 
 @pytest.mark.s3
 @pytest.mark.parametrize("survival", ["sharded", "replicated"])
 def test_a_run_on_s3_goes_on_after_its_worker_died(s3: S3Server, ray_local: None, data: str, survival: str) -> None:
-    job = tiny_job(data, s3.url(f"survival/{survival}"), workers=2, steps=60, survival=survival)
-    account = disturbed(job, (25, send(signal.SIGKILL, 1)))
+    """On S3 the timeline is stored with every checkpoint: what it tells of is some steps ago."""
+    job = tiny_job(data, s3.url(f"survival/{survival}"), workers=2, steps=200, survival=survival, checkpoint_every=5)
+    account = disturbed(job, (5, send(signal.SIGKILL, 1)))
     assert_follows(job.output, expected_curve(job))
-    assert {one.cause for one in account.interruptions} == {"failure"}
-    assert load(local_model(f"{job.output}/model")).provenance["step"] == "60"
+    assert "failure" in {one.cause for one in account.interruptions}
+    assert load(local_model(f"{job.output}/model")).provenance["step"] == "200"
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -242,13 +255,20 @@ def drain(node_id: str) -> None:
 
 def test_nodes_go_and_come(cluster: Cluster, data: str, tmp_path: Path) -> None:
     """One lost without notice (3 -> 2), one more (2 -> 3), one drained (3 -> 2): only the first costs steps."""
+    probe = tiny_job(data, tmp_path / "probe", workers=3, cpus_per_worker=1.0)
+    train(probe)
     job = tiny_job(
-        data, tmp_path / "run", workers=3, min_workers=1, cpus_per_worker=1.0, steps=600, checkpoint_every=20
+        data,
+        tmp_path / "run",
+        workers=3,
+        min_workers=1,
+        cpus_per_worker=1.0,
+        steps=steps_taking(SECONDS_FOR_NODES, probe, least=600),
+        checkpoint_every=20,
     )
 
     def lose() -> None:
-        raylet = next(iter(cluster.worker_nodes)).all_processes["raylet"][0].process
-        raylet.kill()
+        lost_node(cluster).kill()
 
     def add_when_two() -> None:
         wait_for(lambda: told_steps(job.output)[-1].workers == 2, "a group of two")
@@ -265,3 +285,31 @@ def test_nodes_go_and_come(cluster: Cluster, data: str, tmp_path: Path) -> None:
     assert redone["failure"] <= 2 * job.config.checkpoint_every  # 0 if the node went just after a checkpoint
     assert (redone["growth"], redone["preemption"]) == (0, 0)
     assert [size for size, _ in itertools.groupby(s.workers for s in told_steps(job.output))] == [3, 2, 3, 2]
+
+
+def lost_node(cluster: Cluster) -> subprocess.Popen[bytes]:
+    """The raylet of a node: with it all that runs there."""
+    process: subprocess.Popen[bytes] = next(iter(cluster.worker_nodes)).all_processes["raylet"][0].process
+    return process
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_replicas_do_without_a_lost_node(cluster: Cluster, data: str, tmp_path: Path, comes_back: bool) -> None:
+    """The others go on at once and to the end, no step lost; where another node comes, its worker joins them."""
+    options: dict[str, Any] = {"workers": 3, "cpus_per_worker": 1.0, "survival": "replicated"}
+    probe = tiny_job(data, tmp_path / "probe", **options)
+    train(probe)
+    seconds = SECONDS_FOR_NODES if comes_back else 10.0
+    job = tiny_job(data, tmp_path / "run", **options, steps=steps_taking(seconds, probe, least=200))
+
+    def lose() -> None:
+        lost_node(cluster).kill()
+        if comes_back:
+            wait_for(lambda: told_steps(job.output)[-1].workers == 2, "two workers that go on")
+            cluster.add_node(num_cpus=1)
+
+    account = disturbed(job, (30, lose))
+    assert_follows(job.output, expected_curve(job))
+    assert account.steps_redone == 0
+    workers = [size for size, _ in itertools.groupby(s.workers for s in told_steps(job.output))]
+    assert workers == ([3, 2, 3] if comes_back else [3, 2])
