@@ -59,15 +59,15 @@ class Account:
 
 def account_of(entries: Iterable[AnyEntry]) -> Account:
     """The account of a timeline, oldest entry first."""
-    ledger = _Ledger()
+    ledger = Ledger()
     for entry in entries:
         ledger.add(entry)
     return ledger.close()
 
 
 @dataclass
-class _Ledger:
-    """The walk through a timeline."""
+class Ledger:
+    """The walk through a timeline, entry by entry."""
 
     high: int = 0
     """Newest step that was made for the first time."""
@@ -86,7 +86,14 @@ class _Ledger:
     checkpoints: int = 0
     ended: float = 0.0
 
+    @property
+    def num_interruptions(self) -> int:
+        """Those that are over, and the one that lasts."""
+        lasts = self.begun is not None and bool(self.causes or self.redone)
+        return len(self.interruptions) + lasts
+
     def add(self, entry: AnyEntry) -> None:
+        """Take the next entry into account."""
         if isinstance(entry, Started):
             if self.begun is not None:
                 self.causes.append(Event(at=entry.at, cause="restart", detail="the command was started again"))
@@ -139,6 +146,7 @@ class _Ledger:
         )
 
     def close(self) -> Account:
+        """The account; nothing may be added after that."""
         if self.redone and self.newest is not None:  # the last step itself was done again: no new one ended it
             self._close_interruption(self.newest, self.newest.at - self.last)
             self.last = self.newest.at

@@ -15,7 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.storage import Storage
-from pipelines.train.account import Account, account_of
+from pipelines.train.account import Account, Ledger, account_of
 from pipelines.train.metrics import (
     METRICS_NAME,
     TENSORBOARD_NAME,
@@ -27,6 +27,7 @@ from pipelines.train.metrics import (
 )
 from pipelines.train.timeline import (
     TIMELINE_NAME,
+    AnyEntry,
     Cause,
     Event,
     Joined,
@@ -75,9 +76,12 @@ class Recorder:
         """When each step was made, from step 1 on; 0 for those before this recorder."""
         self._window: list[StepRecord] = []
         self._peak_flops: dict[str, float] = {}
-        self._interruptions = self._failures = 0
+        self._failures = 0
         self._failure: str | None = None
-        self._timeline.write(Started(at=time.time()))
+        self._ledger = Ledger()
+        for entry in read_timeline(str(self._directory)):
+            self._ledger.add(entry)
+        self._note(Started(at=time.time()))
 
     def arrived(self, group: str, worker: str) -> int:
         """How many workers have arrived in a group by now, this one among them; a replacement is one more."""
@@ -88,7 +92,7 @@ class Recorder:
     def joined(self, worker: str, step: int, peak_flops: float) -> None:
         """A worker, by a name that no other has, stands ready at `step`; peak_flops: FLOP/s of its device."""
         self._joined[worker], self._peak_flops[worker] = time.time(), peak_flops
-        self._timeline.write(Joined(at=time.time(), worker=worker, step=step))
+        self._note(Joined(at=time.time(), worker=worker, step=step))
 
     def step(self, worker: str, record: StepRecord) -> None:
         """An update was made; each worker that took part may tell of it."""
@@ -114,17 +118,17 @@ class Recorder:
         """The checkpoint of `step` is whole. Its records end there, so that those of a resumed run cover every step."""
         if self._window and self._window[-1].step == step:
             self._close_window()
-        self._timeline.write(Saved(at=time.time(), step=step, blocked_seconds=blocked_seconds, seconds=seconds))
-        self._gauges.show({"train/checkpoint_seconds": seconds})
+        self._note(Saved(at=time.time(), step=step, blocked_seconds=blocked_seconds, seconds=seconds))
+        figures = {"train/checkpoint_seconds": seconds, "train/checkpoint_blocked_seconds": blocked_seconds}
+        self._metrics.write(step, figures)
+        self._gauges.show(figures)
         self._store()
 
     def event(self, cause: Cause, detail: str = "") -> None:
         """Something happened that may cost time."""
-        self._timeline.write(Event(at=time.time(), cause=cause, detail=detail))
+        self._note(Event(at=time.time(), cause=cause, detail=detail))
         self._failures += cause in ("failure", "hang")
-        if cause in ("failure", "hang", "preemption", "growth", "shrink"):
-            self._interruptions += 1
-            self._gauges.show({"train/interruptions": self._interruptions})
+        self._gauges.show({"train/interruptions": self._ledger.num_interruptions})
 
     def failures(self) -> int:
         """Deaths and hangs that nobody announced, since this recorder began."""
@@ -166,8 +170,13 @@ class Recorder:
         self._window = [record for record in self._window if record.step < step]
         return False
 
+    def _note(self, entry: AnyEntry) -> None:
+        """Into the timeline, and into the account."""
+        self._timeline.write(entry)
+        self._ledger.add(entry)
+
     def _write_step(self, now: float, record: StepRecord) -> None:
-        self._timeline.write(
+        self._note(
             Step(
                 at=now,
                 step=record.step,
@@ -186,6 +195,7 @@ class Recorder:
         workers = self._window[-1].workers
         peaks = list(self._peak_flops.values())[-workers:]
         figures = window_figures(self._window, self._config.flops_per_byte, sum(peaks) if all(peaks) else 0.0)
+        figures["train/interruptions"] = self._ledger.num_interruptions
         self._metrics.write(self._window[-1].step, figures)
         self._gauges.show(figures)
         self._window = []
