@@ -17,6 +17,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 20, 14, 42
 _MAX_POINTS = 400
 """Points of a line; more are averaged in groups, which is all that a canvas of this width can show."""
 _MARK_WIDTH = 4
+"""Marks nearer than this are drawn as one."""
 _HISTOGRAM_SHARE = 0.995
 _MOST_BARS, _FEWEST_BARS = 32, 8
 

@@ -2,6 +2,7 @@
 the schedule and the losses on the way. Runs through Ray Train are in test_survival.py and test_repeatability.py.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,15 @@ ALONE = Share(0, 1)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_tiny_patches(tmp_path_factory.mktemp("resume") / "patches")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two wait for each other longer than products of this size take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def job(data: str, output: Path | str, kind: str) -> TrainJob:
