@@ -21,6 +21,8 @@ class Axis:
     high: float
     start: int
     end: int
+    least_step: float = 0.0
+    """Marks are at least so far apart, in units of the data: 1 for counts."""
 
     def at(self, value: float) -> float:
         share = (value - self.low) / (self.high - self.low)
@@ -28,18 +30,19 @@ class Axis:
 
     def ticks(self, count: int = 5) -> tuple[Tick, ...]:
         """At most about `count` marks at round values."""
-        step = _round_step((self.high - self.low) / count)
+        step = max(_round_step((self.high - self.low) / count), self.least_step)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return tuple(Tick(position=self.at(i * step), text=_tick_text(i * step)) for i in range(first, last + 1))
 
 
-def round_axis(values: Sequence[float], start: int, end: int) -> Axis:
+def round_axis(values: Sequence[float], start: int, end: int, least_step: float = 0.0) -> Axis:
     """A scale that holds the values, from a tick to a tick."""
     low, high = min(values), max(values)
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
-    step = _round_step((high - low) / 5)
-    return Axis(low=math.floor(low / step) * step, high=math.ceil(high / step) * step, start=start, end=end)
+    step = max(_round_step((high - low) / 5), least_step)
+    low, high = math.floor(low / step) * step, math.ceil(high / step) * step
+    return Axis(low=low, high=high, start=start, end=end, least_step=least_step)
 
 
 def exact_axis(values: Sequence[float], start: int, end: int) -> Axis:

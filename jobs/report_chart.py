@@ -5,7 +5,7 @@ In: numbers and their names. Out: a `Chart` in units of the canvas, its numbers 
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jobs.report_axis import Axis, Tick, exact_axis, round_axis
@@ -16,8 +16,8 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 20, 14, 42
 """Margins around the plot, for ticks and labels."""
 _MAX_POINTS = 400
 """Points of a line; more are averaged in groups, which is all that a canvas of this width can show."""
-_START = 0.03
-"""Share of a training whose steep fall does not set the scale."""
+_MARK_WIDTH = 4
+"""Marks nearer than this are drawn as one."""
 _HISTOGRAM_SHARE = 0.995
 _MOST_BARS, _FEWEST_BARS = 32, 8
 
@@ -70,6 +70,14 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mark:
+    """Something that happened at `x`, and the text for the pointer."""
+
+    x: float
+    title: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chart:
     """What the template draws."""
 
@@ -81,6 +89,9 @@ class Chart:
     lines: tuple[Line, ...] = ()
     bars: tuple[Bar, ...] = ()
     rules: tuple[Rule, ...] = ()
+    marks: tuple[Mark, ...] = ()
+    mark_name: str = ""
+    """What the marks are, for the legend."""
     is_cut: bool = False
     """Whether lines go on above the plot."""
     width: int = WIDTH
@@ -100,10 +111,14 @@ def line_chart(
     most: float = math.inf,
     references: Mapping[str, float] | None = None,
     marked: Point | None = None,
+    marks: Sequence[Mark] = (),
+    mark_name: str = "",
+    y_axis: Callable[[Sequence[float], int, int], Axis] = round_axis,
 ) -> Chart | None:
     """Lines over a common x, cut above `most`; None if there is nothing to draw.
 
-    `references` are named horizontal lines, shown where the lines come near; `marked` is a point on dashed lines.
+    `references` are named horizontal lines, shown where the lines come near; `marked` is a point on dashed lines;
+    `marks`, in units of the data, are of things that are called `mark_name`.
     """
     shown = [dataclasses.replace(s, points=_thinned(s.points)) for s in series if s.points]
     if not shown:
@@ -111,37 +126,23 @@ def line_chart(
     points = [point for s in shown for point in s.points]
     ys = [y for _, y in points if y <= most]
     near = {name: y for name, y in (references or {}).items() if min(ys) * 0.8 <= y <= max(ys)}
-    x_axis = exact_axis([x for x, _ in points], LEFT, WIDTH - RIGHT)
-    y_axis = round_axis([*ys, *near.values()], HEIGHT - BOTTOM, TOP)
-    rules = _named_rules(near, y_axis)
+    xs = exact_axis([*(x for x, _ in points), *(mark.x for mark in marks)], LEFT, WIDTH - RIGHT)
+    scale = y_axis([*ys, *near.values()], HEIGHT - BOTTOM, TOP)
+    rules = _named_rules(near, scale)
     if marked is not None:
-        rules += [Rule(x=x_axis.at(marked[0])), Rule(y=y_axis.at(marked[1]))]
+        rules += [Rule(x=xs.at(marked[0])), Rule(y=scale.at(marked[1]))]
     return Chart(
         title=title,
         x_label=x_label,
         y_label=y_label,
-        x_ticks=x_axis.ticks(),
-        y_ticks=y_axis.ticks(),
-        lines=tuple(_line(s, x_axis, y_axis) for s in shown),
+        x_ticks=xs.ticks(),
+        y_ticks=scale.ticks(),
+        lines=tuple(_line(s, xs, scale) for s in shown),
         rules=tuple(rules),
-        is_cut=any(y > y_axis.high for _, y in points),
+        marks=_merged(marks, xs),
+        mark_name=mark_name if marks else "",
+        is_cut=any(y > scale.high for _, y in points),
     )
-
-
-def training_charts(name: str, records: Sequence[Mapping[str, float]], references: Mapping[str, float]) -> list[Chart]:
-    """Bits per byte and loss over steps, training and validation, of one training."""
-    charts = []
-    for key, name_of_key, y_label in (
-        ("bpb", "bits per byte", "bits per byte"),
-        ("loss", "loss", "loss (nats per target)"),
-    ):
-        train = _metric(records, f"train/{key}", "train", "first")
-        valid = _metric(records, f"valid/{key}", "valid", "second")
-        shown = references if key == "bpb" else {}
-        most = _after_the_start([*train.points, *valid.points])
-        title = f"{name}: {name_of_key}"
-        charts.append(line_chart(title, [train, valid], "step", y_label, most=most, references=shown))
-    return [chart for chart in charts if chart is not None]
 
 
 def histogram(lengths: PatchLengths) -> Chart | None:
@@ -183,17 +184,6 @@ def _bar(index: int, step: float, text: str, count: int, share: float, y_axis: A
     )
 
 
-def _metric(records: Sequence[Mapping[str, float]], key: str, name: str, style: str) -> Series:
-    points = tuple((record["step"], record[key]) for record in records if key in record and math.isfinite(record[key]))
-    return Series(name=name, points=points, style=style)
-
-
-def _after_the_start(points: Sequence[Point]) -> float:
-    """The highest y once the first steps of a training are over."""
-    last = max((x for x, _ in points), default=0.0)
-    return max((y for x, y in points if x >= _START * last), default=math.inf)
-
-
 def _named_rules(values: Mapping[str, float], y_axis: Axis) -> list[Rule]:
     """Horizontal lines from the top down, each name above its line, or below it where it would meet the one before."""
     rules: list[Rule] = []
@@ -202,6 +192,18 @@ def _named_rules(values: Mapping[str, float], y_axis: Axis) -> list[Rule]:
         crowded = bool(rules) and y - 4 - rules[-1].text_y < 17
         rules.append(Rule(text=name, text_y=y + 12 if crowded else y - 4, y=y))
     return rules
+
+
+def _merged(marks: Sequence[Mark], x_axis: Axis) -> tuple[Mark, ...]:
+    """On the canvas, those that would cover each other as one."""
+    merged: list[Mark] = []
+    for mark in sorted(marks, key=lambda mark: mark.x):
+        x = x_axis.at(mark.x)
+        if merged and x - merged[-1].x < _MARK_WIDTH:
+            merged[-1] = Mark(x=merged[-1].x, title=f"{merged[-1].title}\n{mark.title}")
+        else:
+            merged.append(Mark(x=x, title=mark.title))
+    return tuple(merged)
 
 
 def _line(series: Series, x_axis: Axis, y_axis: Axis) -> Line:

@@ -15,11 +15,12 @@ import jinja2
 import yaml
 
 from jobs.report_calibration import all_rows, calibration_charts, chosen_rows, drawn_sources
-from jobs.report_chart import Chart, histogram, training_charts
+from jobs.report_chart import histogram
 from jobs.report_passage import COLUMN_WIDTH, CURVE_HEIGHT, Layout, lay_out
 from jobs.report_patches import Passage, PatchLengths
 from jobs.report_run import COMMANDS, Run
 from jobs.report_table import Comparison, comparisons, headline, stage_rows, summary_rows, visible
+from jobs.report_training import training_views
 
 TEMPLATES = Path(__file__).parent / "templates"
 _TEMPLATE = "report.html.jinja"
@@ -69,7 +70,7 @@ def render(run: Run, title: str, view: PatchView | None, left_out: Sequence[str]
             layout=layout,
             threshold=threshold,
             histogram=histogram(view.lengths) if view is not None else None,
-            trainings=_trainings(run),
+            trainings=training_views(run),
             calibration=run.calibration,
             calibration_charts=calibration_charts(run.calibration) if run.calibration is not None else [],
             drawn_sources=drawn_sources(run.calibration) if run.calibration is not None else [],
@@ -103,15 +104,6 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["visible"] = visible
     return environment
-
-
-def _trainings(run: Run) -> list[Chart]:
-    references = run.evaluation.baselines if run.evaluation is not None else {}
-    return [
-        chart
-        for part, name in (("model", "BLT"), ("entropy_model", "Entropy model"))
-        for chart in training_charts(name, run.metrics.get(part, ()), references)
-    ]
 
 
 def _bars(run: Run) -> list[tuple[Comparison, float]]:

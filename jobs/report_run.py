@@ -5,11 +5,11 @@ DataError that names the file.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -21,7 +21,9 @@ from pipelines.manifest import MANIFEST_PATH, Manifest, read_manifest
 from pipelines.patch.calibration import CALIBRATION_PATH, Calibration, read_calibration
 from pipelines.patch.stats import STATS_PATH
 from pipelines.storage import Storage
+from pipelines.train.account import Account, account_of
 from pipelines.train.metrics import METRICS_NAME, read_metrics
+from pipelines.train.timeline import TIMELINE_NAME, AnyEntry, Step, read_timeline
 
 MODEL_CONFIG_PATH = "model/config.json"
 
@@ -49,6 +51,9 @@ _CONTENT: Mapping[str, tuple[str, ...]] = {
 }
 """What a report reads of each part, its record apart; a part is there if it has one of these files."""
 
+TRAININGS = ("entropy_model", "model")
+"""The parts that are trainings."""
+
 Content = TypeVar("Content")
 
 
@@ -60,6 +65,23 @@ class PatchStats:
     """Figures of all shards by name, actor_bytes_per_second among them."""
 
 
+class Update(NamedTuple):
+    """One update of a training, as it was made last."""
+
+    step: int
+    workers: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """What a training's timeline tells."""
+
+    account: Account
+    updates: tuple[Update, ...]
+    """By step."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A run, or those parts of one that are there."""
@@ -69,7 +91,7 @@ class Run:
     missing: Mapping[str, str]
     """Where each of the others was looked for."""
     fingerprint: str
-    """Hex sha256 over every small file that was read: manifests, records, metrics and figures."""
+    """Hex sha256 over every file that was read but shards: manifests, records, metrics, timelines and figures."""
     records: Mapping[str, JobRecord]
     """job.json of each part that has one: a part without is not finished."""
     documents: Manifest | None
@@ -80,6 +102,8 @@ class Run:
     sample: Sample | None
     metrics: Mapping[str, tuple[Mapping[str, float], ...]]
     """Records of metrics.jsonl of entropy_model and model, oldest first; empty where there are none."""
+    histories: Mapping[str, History]
+    """Of those trainings that have a timeline with an update in it."""
 
 
 def run_directories(run: str) -> dict[str, str]:
@@ -101,7 +125,12 @@ def read_run(directories: Mapping[str, str]) -> Run:
         evaluation=_read(present, "evaluation", EVALUATION_PATH, Evaluation),
         patch_stats=_read(present, "patches", STATS_PATH, PatchStats),
         sample=_read(present, "sample", SAMPLE_NAME, Sample),
-        metrics={name: _metrics(present[name]) for name in ("entropy_model", "model") if name in present},
+        metrics={name: _metrics(present[name]) for name in TRAININGS if name in present},
+        histories={
+            name: history
+            for name in TRAININGS
+            if name in present and (history := read_history(present[name])) is not None
+        },
     )
 
 
@@ -134,11 +163,26 @@ def _metrics(root: str) -> tuple[Mapping[str, float], ...]:
         raise DataError(f"cannot read {Path(root) / METRICS_NAME}: {error}") from error
 
 
+def read_history(root: str) -> History | None:
+    """What the timeline of a training tells; None if it tells of no update. DataError names a broken file."""
+    updates: dict[int, Update] = {}
+
+    def noted() -> Iterator[AnyEntry]:
+        for entry in read_timeline(root):
+            if isinstance(entry, Step):
+                updates[entry.step] = Update(entry.step, entry.workers, entry.seconds)
+            yield entry
+
+    account = account_of(noted())
+    return History(account=account, updates=tuple(update for _, update in sorted(updates.items()))) if updates else None
+
+
 def _fingerprint(present: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
     for name, root in sorted(present.items()):
         storage = Storage(root)
-        for path in (RECORD_NAME, STATS_PATH, *_CONTENT[name]):
+        timeline = storage.list(TIMELINE_NAME) if name in TRAININGS else []
+        for path in (RECORD_NAME, STATS_PATH, *_CONTENT[name], *timeline):
             data = storage.read_bytes(path) if storage.exists(path) else b""
             digest.update(f"{name}/{path}:{len(data)}:".encode() + data)
     return digest.hexdigest()

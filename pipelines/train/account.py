@@ -10,6 +10,11 @@ from dataclasses import dataclass, field, replace
 
 from pipelines.train.timeline import AnyEntry, Cause, Event, Saved, Started, Step
 
+_RANK: tuple[Cause, ...] = (
+    *("failure", "hang", "preemption", "growth", "shrink"),
+    *("restart", "aborted", "skipped", "checkpoint"),
+)
+"""Of several events before the next new step, the first of these is the cause."""
 _LATE_SECONDS = 60.0
 """The cluster may tell why a step was given up only after the others went on."""
 
@@ -59,15 +64,15 @@ class Account:
 
 def account_of(entries: Iterable[AnyEntry]) -> Account:
     """The account of a timeline, oldest entry first."""
-    ledger = _Ledger()
+    ledger = Ledger()
     for entry in entries:
         ledger.add(entry)
     return ledger.close()
 
 
 @dataclass
-class _Ledger:
-    """The walk through a timeline."""
+class Ledger:
+    """The walk through a timeline, entry by entry."""
 
     high: int = 0
     """Newest step that was made for the first time."""
@@ -86,7 +91,14 @@ class _Ledger:
     checkpoints: int = 0
     ended: float = 0.0
 
+    @property
+    def num_interruptions(self) -> int:
+        """Those that are over, and the one that lasts."""
+        lasts = self.begun is not None and bool(self.causes or self.redone)
+        return len(self.interruptions) + lasts
+
     def add(self, entry: AnyEntry) -> None:
+        """Take the next entry into account."""
         if isinstance(entry, Started):
             if self.begun is not None:
                 self.causes.append(Event(at=entry.at, cause="restart", detail="the command was started again"))
@@ -124,7 +136,7 @@ class _Ledger:
         self._close_interruption(step, max(step.at - self.last - step.seconds - step.paused_seconds, 0.0))
 
     def _close_interruption(self, step: Step, lost: float) -> None:
-        told = next((event for event in self.causes if event.cause != "restart"), None) or next(iter(self.causes), None)
+        told = min(self.causes, key=lambda event: _RANK.index(event.cause), default=None)
         cause: Cause = "aborted" if told is None else told.cause
         self.ended = step.at
         self.interruptions.append(
@@ -139,6 +151,7 @@ class _Ledger:
         )
 
     def close(self) -> Account:
+        """The account; nothing may be added after that."""
         if self.redone and self.newest is not None:  # the last step itself was done again: no new one ended it
             self._close_interruption(self.newest, self.newest.at - self.last)
             self.last = self.newest.at

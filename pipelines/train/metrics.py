@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import torch
 from ray.util.metrics import Gauge
@@ -23,6 +23,29 @@ METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 
 Record = dict[str, float]
+
+FIGURES: Mapping[str, str] = MappingProxyType(
+    {
+        "train/loss": "Mean loss of a record's updates, nats per target (bytes and ends of documents).",
+        "train/bpb": "The same loss as bits per document byte.",
+        "train/grad_norm": "Norm of the mean loss's gradient before clipping, of a record's last update.",
+        "train/lr": "Learning rate of a record's last update.",
+        "train/bytes": "Document bytes trained on in a record's updates.",
+        "train/bytes_per_second": "Those bytes over the seconds of the updates, all workers together.",
+        "train/patches_per_second": "Patches over the seconds of the updates; to an entropy model each byte is one.",
+        "train/step_seconds": "Mean seconds of an update, without evaluations and checkpoints.",
+        "train/data_wait_fraction": "Share of those seconds in which a worker stood still for data.",
+        "train/mfu": "Model FLOPs utilisation: the ledger's FLOPs over those that the devices can do, from 0 to 1.",
+        "train/peak_memory_bytes": "Largest memory of a worker so far: resident, or allocated on CUDA.",
+        "train/workers": "Workers of a record's last update.",
+        "train/interruptions": "Interruptions of the run so far, as its account counts them.",
+        "train/checkpoint_seconds": "Seconds from the begin of a checkpoint to its commit, most of them in background.",
+        "train/checkpoint_blocked_seconds": "Seconds that training stood still for a checkpoint.",
+        "valid/loss": "Mean loss of held-out sequences, nats per target.",
+        "valid/bpb": "The same loss as bits per document byte.",
+    }
+)
+"""Every figure of a record and what it means; docs/metrics.md has the same names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +118,8 @@ class MetricsWriter:
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
         self.records = read_metrics(self._directory)
+        # Not the last record's: a checkpoint is told when it is whole, which may be some steps later.
+        self._newest = max((int(record["step"]) for record in self.records), default=0)
         self._open()
 
     def __enter__(self) -> "MetricsWriter":
@@ -113,6 +138,7 @@ class MetricsWriter:
         """One record; names are area/quantity_unit."""
         record = {"step": step, **figures}
         self.records.append(record)
+        self._newest = max(self._newest, step)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in figures.items():
@@ -120,9 +146,9 @@ class MetricsWriter:
 
     def rewind(self, step: int) -> None:
         """Drop the records of the steps after `step`: they are done again."""
-        if self.records and max(self.records[-1]["step"], self.records[-2:][0]["step"]) > step:
+        if self._newest > step:
             self.close()
-            self.records = [record for record in self.records if record["step"] <= step]
+            self.records, self._newest = [record for record in self.records if record["step"] <= step], step
             self._open()
 
     def flush(self) -> None:
@@ -131,14 +157,16 @@ class MetricsWriter:
 
     def _open(self) -> None:
         path = self._directory / METRICS_NAME
-        path.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+        whole = path.with_suffix(".new")  # a kill or a full disk leaves the old file
+        whole.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+        whole.replace(path)
         self._file = path.open("a", encoding="utf-8")
-        first_new = int(self.records[-1]["step"]) + 1 if self.records else 1
-        self._tensorboard = SummaryWriter(str(self._directory / TENSORBOARD_NAME), purge_step=first_new)
+        self._tensorboard = SummaryWriter(str(self._directory / TENSORBOARD_NAME), purge_step=self._newest + 1)
 
 
 class RayGauges:
-    """The newest record as gauges `blt_NAME` by run, with "/" as "_": train/loss is ray_blt_train_loss on /metrics."""
+    """The newest of each figure as a gauge `blt_NAME` by run, with "/" as "_": train/loss is ray_blt_train_loss on
+    /metrics."""
 
     def __init__(self, run: str) -> None:
         self._tags, self._gauges = {"run": run}, dict[str, Gauge]()
@@ -147,7 +175,7 @@ class RayGauges:
         for name, value in figures.items():
             metric = f"blt_{name.replace('/', '_')}"
             if metric not in self._gauges:
-                self._gauges[metric] = Gauge(metric, f"{name} of the newest record of a training run.", ("run",))
+                self._gauges[metric] = Gauge(metric, FIGURES[name], ("run",))
             self._gauges[metric].set(value, tags=self._tags)
 
 

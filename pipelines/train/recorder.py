@@ -4,18 +4,20 @@ One actor beside the driver, so that no worker's death loses what was told and o
 the output directory, or, where that lies on S3, to a local one that is stored with every checkpoint and at the end.
 """
 
+import functools
 import tempfile
 import time
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.storage import Storage
-from pipelines.train.account import Account, account_of
+from pipelines.train.account import Account, Ledger, account_of
 from pipelines.train.metrics import (
     METRICS_NAME,
     TENSORBOARD_NAME,
@@ -27,6 +29,7 @@ from pipelines.train.metrics import (
 )
 from pipelines.train.timeline import (
     TIMELINE_NAME,
+    AnyEntry,
     Cause,
     Event,
     Joined,
@@ -36,6 +39,9 @@ from pipelines.train.timeline import (
     TimelineWriter,
     read_timeline,
 )
+
+STORE_SECONDS = 30.0
+"""On S3, records are stored with every checkpoint, and between two of them about this often."""
 
 RecorderHandle: TypeAlias = Any
 """The actor: Ray's own types take its methods for functions that never return."""
@@ -52,6 +58,23 @@ class RecorderConfig:
     steps: int
     flops_per_byte: float
     """Of a training step."""
+
+
+Method = TypeVar("Method", bound=Callable[..., None])
+
+
+def _kept(method: Method) -> Method:
+    """What goes wrong in the method is kept as the recorder's fault too: nobody waits for what is told."""
+
+    @functools.wraps(method)
+    def keep(self: "Recorder", *args: Any, **kwargs: Any) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            self._fault = self._fault or f"{method.__name__}: {' '.join(str(error).split()) or type(error).__name__}"
+            raise
+
+    return cast(Method, keep)
 
 
 class Recorder:
@@ -76,9 +99,18 @@ class Recorder:
         self._window: list[StepRecord] = []
         self._peak_flops: dict[str, float] = {}
         self._events: list[Event] = []
-        self._interruptions = self._failures = self._newest_step = 0
+        self._failures = self._newest_step = 0
         self._failure: str | None = None
-        self._timeline.write(Started(at=time.time()))
+        self._fault: str | None = None
+        self._stored_at = time.monotonic()
+        self._ledger = Ledger()
+        for entry in read_timeline(str(self._directory)):
+            self._ledger.add(entry)
+
+    @_kept
+    def started(self) -> None:
+        """The command begins, or begins again; not told when it is this recorder that is started again."""
+        self._note(Started(at=time.time()))
 
     def group_begins(self) -> None:
         """A new group of workers is about to start."""
@@ -89,11 +121,13 @@ class Recorder:
         self._arrived.add(worker)
         return len(self._arrived)
 
+    @_kept
     def joined(self, worker: str, step: int, peak_flops: float) -> None:
         """A worker, by a name that no other has, stands ready at `step`; peak_flops: FLOP/s of its device."""
         self._joined[worker], self._peak_flops[worker] = time.time(), peak_flops
-        self._timeline.write(Joined(at=time.time(), worker=worker, step=step))
+        self._note(Joined(at=time.time(), worker=worker, step=step))
 
+    @_kept
     def step(self, worker: str, record: StepRecord) -> None:
         """An update was made; each worker that took part may tell of it."""
         if self._is_known(worker, record.step):
@@ -109,30 +143,35 @@ class Recorder:
         borders = (self._config.log_every, self._config.checkpoint_every)
         if record.step == self._config.steps or any(record.step % every == 0 for every in borders):
             self._close_window()
+            if time.monotonic() - self._stored_at > STORE_SECONDS:
+                self._store()
 
+    @_kept
     def evaluated(self, step: int, figures: Record) -> None:
         """A held-out evaluation after `step`; told once or by every worker."""
         if not any(record["step"] == step and figures.keys() <= record.keys() for record in self._metrics.records[-8:]):
             self._metrics.write(step, figures)
             self._gauges.show(figures)
 
+    @_kept
     def saved(self, step: int, blocked_seconds: float, seconds: float) -> None:
         """The checkpoint of `step` is whole. Its records end there, so that those of a resumed run cover every step."""
         if self._window and self._window[-1].step == step:
             self._close_window()
-        self._timeline.write(Saved(at=time.time(), step=step, blocked_seconds=blocked_seconds, seconds=seconds))
-        self._gauges.show({"train/checkpoint_seconds": seconds})
+        self._note(Saved(at=time.time(), step=step, blocked_seconds=blocked_seconds, seconds=seconds))
+        figures = {"train/checkpoint_seconds": seconds, "train/checkpoint_blocked_seconds": blocked_seconds}
+        self._metrics.write(step, figures)
+        self._gauges.show(figures)
         self._store()
 
+    @_kept
     def event(self, cause: Cause, detail: str = "") -> None:
         """Something happened that may cost time."""
         event = Event(at=time.time(), cause=cause, detail=detail)
-        self._timeline.write(event)
+        self._note(event)
         self._events.append(event)
         self._failures += cause in ("failure", "hang")
-        if cause in ("failure", "hang", "preemption", "growth", "shrink"):
-            self._interruptions += 1
-            self._gauges.show({"train/interruptions": self._interruptions})
+        self._gauges.show({"train/interruptions": self._ledger.num_interruptions})
 
     def failures(self) -> int:
         """Deaths and hangs that nobody announced, since a step was made for the first time."""
@@ -161,12 +200,13 @@ class Recorder:
         """Of the run so far, earlier starts of the command included."""
         return account_of(read_timeline(str(self._directory)))
 
-    def close(self) -> None:
-        """Put everything where it belongs; nothing may be told after that."""
+    def close(self) -> str | None:
+        """Put everything where it belongs; nothing may be told after that. What could not be recorded, if anything."""
         self._close_window()
         self._metrics.close()
         self._timeline.close()
         self._store()
+        return self._fault
 
     def _is_known(self, worker: str, step: int) -> bool:
         """Whether another worker told of this update; an update made again by a worker that came later is a new one."""
@@ -178,8 +218,13 @@ class Recorder:
         self._window = [record for record in self._window if record.step < step]
         return False
 
+    def _note(self, entry: AnyEntry) -> None:
+        """Into the timeline, and into the account."""
+        self._timeline.write(entry)
+        self._ledger.add(entry)
+
     def _write_step(self, now: float, record: StepRecord) -> None:
-        self._timeline.write(
+        self._note(
             Step(
                 at=now,
                 step=record.step,
@@ -198,6 +243,7 @@ class Recorder:
         workers = self._window[-1].workers
         peaks = list(self._peak_flops.values())[-workers:]
         figures = window_figures(self._window, self._config.flops_per_byte, sum(peaks) if all(peaks) else 0.0)
+        figures["train/interruptions"] = self._ledger.num_interruptions
         self._metrics.write(self._window[-1].step, figures)
         self._gauges.show(figures)
         self._window = []
@@ -211,6 +257,7 @@ class Recorder:
 
     def _store(self) -> None:
         """Store what is new on S3."""
+        self._stored_at = time.monotonic()
         self._metrics.flush()
         if self._upload is None:
             return
@@ -227,5 +274,5 @@ class Recorder:
 def start_recorder(config: RecorderConfig) -> RecorderHandle:
     """The recorder of a run, on the node of the caller; it goes with the driver, and comes back if it dies."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(Recorder).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here)
+    actor = ray.remote(Recorder).options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
     return actor.remote(config)

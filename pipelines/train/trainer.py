@@ -8,6 +8,7 @@ on from its newest checkpoint, with as many workers as there are now.
 
 import importlib.util
 import logging
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_NAME = "model"
 FOLLOW_SECONDS = 0.5
+CUBLAS_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG"
 RESIZE_SECONDS = 15.0
 """Between looks for nodes that a group could grow onto."""
 
@@ -124,12 +126,15 @@ def train(job: TrainJob, on_step: Callable[[Record], None] = lambda record: None
             flops_per_byte=job.flops_per_byte,
         )
     )
+    ray.get(recorder.started.remote())
     with _followed(recorder, on_step):
         _fit(job, recorder, checkpoints)
     _export(job, checkpoints)
     checkpoints.clean()
     account: Account = ray.get(recorder.account.remote())
-    ray.get(recorder.close.remote())
+    fault: str | None = ray.get(recorder.close.remote())
+    if fault is not None:
+        raise TrainingError(f"{job.output}: the model is there, but not all of the run could be recorded: {fault}")
     _tell(account)
     return _result(job, account)
 
@@ -165,11 +170,12 @@ def _fit_once(job: TrainJob, recorder: RecorderHandle) -> None:
             train_loop_config=(job, Cluster(recorder, ray.util.get_node_ip_address())),  # type: ignore[arg-type]
             scaling_config=_scaling(config),
             torch_config=_backend(config),
-            run_config=RunConfig(
+            run_config=RunConfig(  # type: ignore[call-arg]  # Ray's types are those of an earlier version
                 name=job.run,
                 storage_path=directory,  # Ray's own notes: checkpoints are ours
                 failure_config=FailureConfig(max_failures=-1),  # the callback counts
                 callbacks=[ElasticCallback(recorder, config.max_failures)],  # type: ignore[list-item]
+                worker_runtime_env={"env_vars": _worker_environment(config)},
             ),
         ).fit()
 
@@ -213,6 +219,14 @@ def _ray_train_settings(config: TrainConfig) -> dict[str, str]:
         # After a node is lost, the old size is tried for so long before the smaller one.
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     }
+
+
+def _worker_environment(config: TrainConfig) -> dict[str, str]:
+    """Variables that a worker's process must be started with."""
+    if not config.deterministic:
+        return {}
+    # cuBLAS repeats its sums only with workspaces of fixed size, and torch refuses its products without.
+    return {CUBLAS_WORKSPACES: os.environ.get(CUBLAS_WORKSPACES, ":4096:8")}
 
 
 def _export(job: TrainJob, checkpoints: Checkpoints) -> None:

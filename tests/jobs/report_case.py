@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,7 @@ from pipelines.patch.calibration import Calibration, CalibrationRow, SourceCalib
 from pipelines.patch.rows import patched_table, read_row_groups
 from pipelines.schema import PATCH_SCHEMA
 from pipelines.storage import Storage
+from pipelines.train.timeline import Entry, Event, Joined, Saved, Started, Step, TimelineWriter
 from tests.parquet_bytes import encode_parquet
 from tests.pipelines.patch.corpus import EDGE_DOCUMENTS, write_documents
 
@@ -32,6 +34,32 @@ HOSTILE = (
 SAMPLED_SOURCES = {"<b>code</b>": 334, "english": 600, "deutsch": 300}
 """Sources of the calibration, and the bytes that were sampled of each."""
 RULE = PatchRule(threshold=2.0, max_patch_length=32)
+
+
+def steps_made(first: int, last: int, at: float, *, workers: int) -> list[Step]:
+    """One a second, the first of them begun at `at`."""
+    return [
+        Step(at=at + 1 + step - first, step=step, workers=workers, sequences="0f", loss=1.0, seconds=1.0)
+        for step in range(first, last + 1)
+    ]
+
+
+DEATH = "worker 1: <ActorDied> connection\x07 lost"
+TIMELINE: tuple[Entry, ...] = (
+    Started(at=0.0),
+    Joined(at=9.5, worker="a", step=0),
+    *steps_made(1, 40, 10.0, workers=3),
+    Saved(at=45.0, step=36, blocked_seconds=0.5, seconds=2.0),
+    Event(at=51.0, cause="failure", detail=DEATH),
+    *steps_made(37, 70, 62.0, workers=2),
+    Event(at=97.0, cause="growth", detail="2 -> 3 workers"),
+    *steps_made(71, 99, 100.0, workers=3),
+    Event(at=129.5, cause="failure", detail="worker 2 died"),
+    Step(at=131.5, step=100, workers=3, sequences="0f", loss=1.0, seconds=1.0, tries=2),
+    Saved(at=132.0, step=100, blocked_seconds=0.75, seconds=0.75),
+)
+"""100 steps of a second each: one death costs 4 steps and 16 seconds, a growth 4 seconds, another death a try and 1.5
+seconds."""
 SAMPLE_TEXT = "the <i>Union</i> & \x07 the Congress"
 EVALUATION = Evaluation(
     documents=2,
@@ -67,6 +95,8 @@ def write_run(root: Path) -> Path:
     write_calibration(str(root / "calibration"), _calibration(fingerprint(model)))
     for part, bpb in (("entropy_model", 3.0), ("model", 2.0)):
         _write_metrics(root / part, bpb)
+    write_timeline(root / "model", TIMELINE)
+    write_timeline(root / "entropy_model", [Started(at=0.0), *steps_made(1, 30, 4.0, workers=2)])
     write_evaluation(str(root / "evaluation"), EVALUATION)
     Storage(str(root / "sample")).write_replace("sample.json", msgspec.json.encode(_sample()))
     for index, part in enumerate(COMMANDS, start=1):
@@ -143,10 +173,20 @@ def _calibration_table(factor: float) -> tuple[CalibrationRow, ...]:
 
 
 def _write_metrics(root: Path, bpb: float) -> None:
-    records = [{"step": s, "train/loss": bpb * 0.69 + 9 / s, "train/bpb": bpb + 13 / s} for s in range(1, 101)]
+    speed = {"train/step_seconds": 0.25, "train/mfu": 0.3125, "train/data_wait_fraction": 0.0025}
+    speed |= {"train/bytes_per_second": 34567.0, "train/patches_per_second": 7654.0, "train/peak_memory_bytes": 5e8}
+    records = [{"step": s, "train/loss": bpb * 0.69 + 9 / s, "train/bpb": bpb + 13 / s} | speed for s in range(1, 101)]
     records.append({"step": 100, "valid/loss": bpb * 0.7, "valid/bpb": bpb + 0.125})
     root.mkdir(parents=True, exist_ok=True)
     (root / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_timeline(root: Path, entries: Iterable[Entry]) -> None:
+    """The timeline of a training that has none yet."""
+    writer = TimelineWriter(root)
+    for entry in entries:
+        writer.write(entry)
+    writer.close()
 
 
 def _sample() -> Sample:

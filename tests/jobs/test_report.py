@@ -21,11 +21,14 @@ from jobs.report_calibration import WHOLE, calibration_charts, drawn_sources
 from jobs.report_chart import STYLES
 from jobs.report_page import TEMPLATES
 from jobs.report_patches import patch_lengths, read_passage
-from jobs.report_run import COMMANDS, read_run, run_directories
+from jobs.report_run import COMMANDS, read_history, read_run, run_directories
 from jobs.report_table import print_summary, stage_rows, summary_rows
+from jobs.report_training import training_view, training_views
 from pipelines.manifest import read_manifest
 from pipelines.patch.calibration import Calibration, read_calibration
-from tests.jobs.report_case import EVALUATION, HOSTILE, SAMPLE_TEXT, write_run
+from pipelines.train.account import account_of
+from pipelines.train.timeline import Entry, Event, Started, read_timeline
+from tests.jobs.report_case import DEATH, EVALUATION, HOSTILE, SAMPLE_TEXT, steps_made, write_run, write_timeline
 
 _VOID = {"meta", "link", "br"}
 
@@ -150,7 +153,8 @@ def calibration(run_directory: Path) -> Calibration:
 
 
 def test_calibration_is_shown_source_by_source(page_text: str) -> None:
-    rows = re.findall(r"<tr[^>]*><th scope=\"row\">(.*?)</th>(.*?)</tr>", page_text)
+    section = page_text.split("<h2>Calibration</h2>")[1].split("</section>")[0]
+    rows = re.findall(r"<tr[^>]*><th scope=\"row\">(.*?)</th>(.*?)</tr>", section)
     cells = {name: re.findall(r"<td[^>]*>(.*?)</td>", row) for name, row in reversed(rows) if row.count("<td") == 5}
     assert {html.unescape(name): row for name, row in cells.items()} == {
         "english": ["2", "600", "5.40", "9", "12.5 %"],
@@ -186,6 +190,127 @@ def test_calibration_charts_mark_the_chosen_threshold(calibration: Calibration) 
     assert share.lines[0].markers[0][2] == "english: 50 at 1"
     assert mean.is_cut
     assert not share.is_cut
+
+
+def training_rows(page_text: str) -> list[list[str]]:
+    """The cells of every row of a table in the section on training, as text."""
+    section = page_text.split("<h2>Training</h2>")[1].split("</section>")[0]
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", section)
+    return [[html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows]
+
+
+def test_the_account_of_a_training_is_shown(page_text: str, run_directory: Path) -> None:
+    rows = training_rows(page_text)
+    blt, entropy = (rows.index(row) for row in rows if row[0] == "Steps")
+    assert rows[blt : blt + 8] == [
+        ["Steps", "100", "4 done again, 1 try given up"],
+        ["Steps kept", "95.2 %", "of all that were tried"],
+        ["Time", "2 min 2 s", "from the first step to the last"],
+        ["Time lost", "21.5 s", "to interruptions"],
+        ["Goodput", "82.3 %", "share of the time that is not lost"],
+        ["Start", "10.0 s", "from the command to the first step"],
+        ["Checkpoints", "2", "training stood still 1.2 s for them"],
+        ["Workers", "2 to 3", ""],
+    ]
+    assert [row[1] for row in rows[entropy : entropy + 8]] == [
+        *("30", "100.0 %", "30.0 s", "0.0 s", "100.0 %", "4.0 s", "0", "2")
+    ]
+    account = account_of(read_timeline(str(run_directory / "model")))
+    assert f"{100 * account.goodput:.1f} %" == "82.3 %"
+
+
+def test_every_interruption_is_shown_with_its_cost(page_text: str) -> None:
+    rows = training_rows(page_text)
+    first = next(i for i, row in enumerate(rows) if row[0] == "Cause")
+    assert rows[first + 1 : first + 5] == [
+        ["failure", "40", "4", "0", "16.0", DEATH.replace("\x07", "\\x07")],
+        ["growth", "70", "0", "0", "4.0", "2 -> 3 workers"],
+        ["failure", "99", "0", "1", "1.5", "worker 2 died"],
+        ["all", "", "4", "1", "21.5", ""],
+    ]
+    assert len([row for row in rows if row[0] == "Cause"]) == 1
+    assert _Page(page_text).text.count("Entropy model: no interruption.") == 1
+    assert "BLT: no interruption." not in page_text
+
+
+def test_the_speed_of_a_training_is_shown(page_text: str) -> None:
+    rows = training_rows(page_text)
+    speeds = [rows[i : i + 6] for i, row in enumerate(rows) if row[0] == "Bytes/s"]
+    assert [row[:2] for row in speeds[0]] == [
+        ["Bytes/s", "34.6 kB/s"],
+        ["Patches/s", "7,654"],
+        ["Step", "0.25 s"],
+        ["MFU", "31.2 %"],
+        ["Data wait", "0.25 %"],
+        ["Memory", "500.0 MB"],
+    ]
+    assert [row[0] for row in speeds[1][:2]] == ["Bytes/s", "Step"]  # to an entropy model every byte is a patch
+
+
+def test_interruptions_are_marked_where_they_came(run_directory: Path) -> None:
+    blt, entropy = training_views(read_run(run_directories(str(run_directory))))
+    assert [chart.title.partition(": ")[2] for chart in blt.charts] == [
+        *("bits per byte", "loss", "seconds per step", "workers")
+    ]
+    for chart in blt.charts:
+        assert [mark.title.partition(":")[0] for mark in chart.marks] == [
+            *("failure after step 40", "growth after step 70", "failure after step 99")
+        ]
+        places = [mark.x for mark in chart.marks]
+        assert places == sorted(places)
+        assert chart.left < places[0] < places[-1] <= chart.right
+        share = (places[1] - places[0]) / (chart.right - chart.left)
+        assert share == pytest.approx((70 - 40) / 100, abs=0.01)  # both axes begin near 0 and end at 100
+        assert chart.mark_name == "interruption"
+    assert {chart.marks for chart in entropy.charts} == {()}
+    workers = blt.charts[3]
+    assert [title.partition(" at ")[0] for _, _, title in workers.lines[0].markers] == [
+        *("workers: 3", "workers: 3", "workers: 2", "workers: 2", "workers: 3", "workers: 3")
+    ]
+    assert [tick.text for tick in workers.y_ticks] == ["0", "1", "2", "3"]
+
+
+def test_interruptions_at_one_place_are_one_mark_and_many_are_folded(run_directory: Path, tmp_path: Path) -> None:
+    run, entries = read_run(run_directories(str(run_directory))), list[Entry]([Started(at=0.0)])
+    for number in range(30):
+        entries += [*steps_made(number + 1, number + 1, 10.0 * number, workers=2), Event(at=0.0, cause="hang")]
+    entries += steps_made(10_000, 10_000, 400.0, workers=2)
+    copy = shutil.copytree(run_directory / "model", tmp_path / "model")
+    shutil.rmtree(copy / "timeline")
+    write_timeline(copy, entries)
+    history = read_history(str(copy))
+    assert history is not None
+    view = training_view("BLT", run.metrics["model"], history, {}, with_patches=True)
+    assert len(view.interruptions) == 30
+    pace = view.charts[2]
+    assert len(pace.marks) < 10
+    assert sum(mark.title.count("hang after step") for mark in pace.marks) == 30
+    report.run(report.Config(model=str(copy), output=str(tmp_path / "report.html")))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<summary>30 interruptions of the BLT</summary>" in text
+    assert _Page(text).open == []
+
+
+def test_a_training_without_a_timeline_has_no_account(run_directory: Path, tmp_path: Path) -> None:
+    """As those of earlier versions."""
+    copy, output = shutil.copytree(run_directory / "model", tmp_path / "model"), tmp_path / "report.html"
+    config = report.Config(model=str(copy), output=str(output))
+    assert report.run(config).status == "done"
+    assert "interruption" in output.read_text(encoding="utf-8")
+    shutil.rmtree(copy / "timeline")
+    assert report.run(config).status == "done"
+    text = output.read_text(encoding="utf-8")
+    assert "BLT: loss" in text
+    assert "interruption" not in text
+    assert "Goodput" not in text
+    assert [row[0] for row in training_rows(text)][:2] == ["Bytes/s", "Patches/s"]
+
+
+def test_a_broken_timeline_is_named(run_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(run_directory / "model", tmp_path / "model")
+    (copy / "timeline" / "00000000.jsonl").write_text("{}\n")
+    assert main(["report", f"model={copy}", f"output={tmp_path / 'report.html'}"]) == 1
+    assert "timeline/00000000.jsonl: is not a timeline" in capsys.readouterr().err
 
 
 def test_few_of_many_sources_are_drawn(calibration: Calibration) -> None:

@@ -1,12 +1,25 @@
 """Metrics of a run on disk: a step stands there once, whatever was interrupted."""
 
 import json
+import re
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
+import ray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipelines.train.metrics import METRICS_NAME, TENSORBOARD_NAME, MetricsWriter, peak_memory_bytes, read_metrics
+from pipelines.train.metrics import (
+    FIGURES,
+    METRICS_NAME,
+    TENSORBOARD_NAME,
+    MetricsWriter,
+    peak_memory_bytes,
+    read_metrics,
+)
+from pipelines.train.trainer import train
+from tests.pipelines.train.tiny_run import tiny_job, write_tiny_patches
 
 
 def scalars(run_directory: Path, name: str) -> list[tuple[int, float]]:
@@ -88,3 +101,45 @@ def test_peak_memory_only_grows() -> None:
     held = bytearray(1 << 26)
     held[::4096] = b"\1" * len(held[::4096])
     assert 1 << 20 < before <= peak_memory_bytes()
+
+
+def test_what_is_told_late_does_not_hide_the_newest_step(tmp_path: Path) -> None:
+    """A checkpoint is whole some steps after its own."""
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write(3, {"train/loss": 3.0})
+        metrics.write(2, {"train/checkpoint_seconds": 0.5})
+        metrics.write(2, {"train/checkpoint_blocked_seconds": 0.25})
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write(4, {"train/loss": 4.0})
+    assert scalars(tmp_path, "train/loss") == [(3, 3.0), (4, 4.0)]
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.rewind(2)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [2, 2]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_every_figure_is_in_the_file_in_tensorboard_and_on_the_metrics_page_of_ray(tmp_path: Path) -> None:
+    data, output = write_tiny_patches(tmp_path / "patches"), tmp_path / "run"
+    job = tiny_job(data, output, steps=4, log_every=2, checkpoint_every=2, valid_every=4)
+    train(job)
+    records = read_metrics(output)
+    newest = {name: value for record in records for name, value in record.items() if name != "step"}
+    assert newest.keys() == FIGURES.keys()
+    for name in FIGURES:
+        told = {int(record["step"]): record[name] for record in records if name in record}
+        assert dict(scalars(output, name)) == pytest.approx(told, rel=1e-6), name  # TensorBoard's are float32
+    wanted = {f"ray_blt_{name.replace('/', '_')}": pytest.approx(value) for name, value in newest.items()}
+    deadline = time.monotonic() + 30
+    while (found := _scraped(job.run)) != wanted:
+        assert time.monotonic() < deadline, f"{found}, wanted {wanted}"
+        time.sleep(0.2)
+
+
+def _scraped(run: str) -> dict[str, float]:
+    """The gauges of a run on the page, by name."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+        text = page.read().decode()
+    samples = re.findall(r"^(ray_blt_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
+    return {name: float(value) for name, labels, value in samples if f'run="{run}"' in labels}

@@ -108,6 +108,43 @@ def test_a_recorder_that_comes_back_goes_on_where_the_run_stands(tmp_path: Path)
     ]
 
 
+def test_a_checkpoint_has_a_record_of_its_own(tmp_path: Path) -> None:
+    """It is whole some steps after its own; when those are done again, it stays."""
+    recorder = Recorder(config(str(tmp_path), log_every=1))
+    recorder.joined("a", 0, PEAK)
+    for step in (1, 2, 3):
+        recorder.step("a", record(step))
+    recorder.saved(2, 0.25, 1.5)
+    recorder.joined("b", 2, PEAK)
+    recorder.step("b", record(3, nats=200.0))
+    records = read_metrics(tmp_path)
+    assert [one["step"] for one in records] == [1, 2, 2, 3]
+    assert records[2] == {"step": 2, "train/checkpoint_seconds": 1.5, "train/checkpoint_blocked_seconds": 0.25}
+    assert records[3]["train/loss"] == 4.0
+
+
+def test_every_record_tells_of_the_interruptions_so_far(tmp_path: Path) -> None:
+    """As many as in the account of the run, those before its command was started again included."""
+    first = Recorder(config(str(tmp_path), log_every=1))
+    first.event("failure", "before the first step nothing is interrupted")
+    first.joined("a", 0, PEAK)
+    for step in (1, 2):
+        first.step("a", record(step))
+    first.event("failure", "worker a died")
+    first.event("shrink", "part of the same interruption")
+    first.joined("b", 2, PEAK)
+    for step in (3, 4):
+        first.step("b", record(step))
+    second = Recorder(config(str(tmp_path), log_every=1))
+    second.started()
+    second.joined("c", 4, PEAK)
+    for step in (5, 6):
+        second.step("c", record(step))
+    second.close()
+    assert [one["train/interruptions"] for one in read_metrics(tmp_path)] == [0, 0, 1, 1, 2, 2]
+    assert [one.cause for one in second.account().interruptions] == ["failure", "restart"]
+
+
 def test_new_records_can_be_followed(tmp_path: Path) -> None:
     recorder = Recorder(config(str(tmp_path), log_every=1))
     recorder.joined("a", 0, PEAK)
@@ -142,6 +179,23 @@ def test_failures_count_until_a_new_step_is_made(tmp_path: Path) -> None:
     assert recorder.failures() == 0
 
 
+def test_what_could_not_be_recorded_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for an answer to what is told."""
+    recorder = Recorder(config(str(tmp_path)))
+    recorder.joined("a", 0, PEAK)
+    assert recorder._fault is None
+
+    def full(entry: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(recorder._timeline, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        recorder.step("a", record(1))
+    monkeypatch.undo()
+    recorder.step("a", record(1))
+    assert recorder.close() == "step: [Errno 28] No space left on device"
+
+
 def test_the_first_fatal_fault_stays(tmp_path: Path) -> None:
     recorder = Recorder(config(str(tmp_path)))
     assert recorder.failure() is None
@@ -158,10 +212,11 @@ def test_a_run_on_s3_is_stored_with_its_checkpoints_and_goes_on(s3: S3Server) ->
     first.step("a", record(1))
     first.saved(1, 0.1, 0.2)
     first.step("a", record(2))  # told, but its recorder dies before the next checkpoint
-    assert [one["step"] for one in read_metrics(output)] == [1]
+    assert [(one["step"], one.get("train/checkpoint_seconds")) for one in read_metrics(output)] == [(1, None), (1, 0.2)]
     second = Recorder(config(output, log_every=1))
     second.joined("b", 1, PEAK)
     second.step("b", record(2, nats=200.0))
     second.close()
-    assert [(one["step"], one["train/loss"]) for one in read_metrics(output)] == [(1, 2.0), (2, 4.0)]
+    losses = [(one["step"], one["train/loss"]) for one in read_metrics(output) if "train/loss" in one]
+    assert losses == [(1, 2.0), (2, 4.0)]
     assert [entry.step for entry in read_timeline(output) if isinstance(entry, Step)] == [1, 2]

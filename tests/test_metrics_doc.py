@@ -1,0 +1,29 @@
+"""docs/metrics.md: its tables name the figures and metrics that there are."""
+
+import re
+from pathlib import Path
+
+from pipelines.patch.metrics import _COUNTERS
+from pipelines.train.metrics import FIGURES
+
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+
+
+def named(heading: str) -> list[str]:
+    """Names in the first column of the table below a heading."""
+    section = DOCUMENT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
+
+
+def test_figures_of_training() -> None:
+    assert named("Training") == list(FIGURES)
+
+
+def test_metrics_of_patching() -> None:
+    counters = [f"ray_blt_patch_{name}_total" for name in _COUNTERS]
+    assert named("Patching") == [*counters, "ray_blt_patch_actor_bytes_per_second"]
+
+
+def test_links_lead_to_files() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", DOCUMENT):
+        assert (Path(__file__).parent.parent / "docs" / target).exists(), target
