@@ -1,4 +1,5 @@
-"""Causal self-attention over documents, optionally windowed, in blocks of queries.
+"""Causal self-attention over documents, optionally windowed, in blocks of queries: the spans, and the
+banded path, which runs wherever `blt.flex_attention` does not (on CPU, in float64, for very narrow heads).
 
 In: q [B,T,H,K], k and v [B,S,H,K] (S = carried keys + T) and a `CausalSpans`, which gives for every query the
 contiguous run of keys it sees. Out: [B,T,H,K]. Only one block of queries against the keys that block can see is
@@ -9,6 +10,7 @@ Source of the mask: the published models (query i sees key j iff same document a
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,13 +37,27 @@ class CausalSpans:
     """Which keys each query sees: [first_key_BT[i], i + carried].
 
     first_key_BT: int64 [B,T], never decreasing along a row. positions_BT: int64 [B,T], index within the document.
-    blocks: one tuple of `Block` per row.
     """
 
     first_key_BT: Tensor
     positions_BT: Tensor
     carried: int
-    blocks: tuple[tuple[Block, ...], ...]
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[Block, ...], ...]:
+        """The blocks of each row; made when they are asked for, since reading the borders waits for a CUDA device."""
+        batch, length = self.first_key_BT.shape
+        edges = list(range(0, length, QUERY_BLOCK))
+        ends = [min(edge + QUERY_BLOCK, length) for edge in edges]
+        firsts = self.first_key_BT[:, edges].tolist()
+        lasts = self.first_key_BT[:, [end - 1 for end in ends]].tolist()
+        return tuple(
+            tuple(
+                Block(edge, end, firsts[row][i], lasts[row][i])
+                for i, (edge, end) in enumerate(zip(edges, ends, strict=True))
+            )
+            for row in range(batch)
+        )
 
 
 def documents_from_eos(byte_ids_BT: Tensor) -> Tensor:
@@ -59,24 +75,12 @@ def document_starts(document_ids_BT: Tensor) -> Tensor:
 
 def causal_spans(document_ids_BT: Tensor, window: int | None, carried: int = 0) -> CausalSpans:
     """The spans of a batch. `carried` keys of each row's first document precede its first query."""
-    batch, length = document_ids_BT.shape
-    place = torch.arange(length, device=document_ids_BT.device)
+    place = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)
     start_BT = torch.where(document_starts(document_ids_BT), place, 0).cummax(1).values
     first_key_BT = torch.where(start_BT == 0, 0, start_BT + carried)
     if window is not None:
         first_key_BT = torch.maximum(first_key_BT, place + (carried - window + 1))
-    edges = list(range(0, length, QUERY_BLOCK))
-    ends = [min(edge + QUERY_BLOCK, length) for edge in edges]
-    firsts = first_key_BT[:, edges].tolist()
-    lasts = first_key_BT[:, [end - 1 for end in ends]].tolist()
-    blocks = tuple(
-        tuple(
-            Block(edge, end, firsts[row][i], lasts[row][i])
-            for i, (edge, end) in enumerate(zip(edges, ends, strict=True))
-        )
-        for row in range(batch)
-    )
-    return CausalSpans(first_key_BT, place - start_BT, carried, blocks)
+    return CausalSpans(first_key_BT, place - start_BT, carried)
 
 
 def causal_attention(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, spans: CausalSpans) -> Tensor:

@@ -7,13 +7,16 @@ Shapes: B rows, T positions, D width, H heads, N heads of queries, keys and valu
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from blt.attention import CausalSpans, causal_attention, causal_spans
 from blt.errors import ConfigError
+from blt.flex_attention import block_mask, flex_causal_attention, flex_fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +97,20 @@ class Context:
 
     def attend_to(self, q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> Tensor:
         """Attention output [B,T,H,K] of unrotated queries, keys and values; carried keys and values come first."""
-        keys, values = rotate(k_BSHK, self.key_rotations), v_BSHK
-        repeats = q_BTHK.shape[2] // k_BSHK.shape[2]
+        queries, keys = rotate(q_BTHK, self.query_rotations), rotate(k_BSHK, self.key_rotations)
+        values, repeats = v_BSHK, q_BTHK.shape[2] // k_BSHK.shape[2]
+        if flex_fits(queries):
+            out = flex_causal_attention(queries, keys, values, self.block_mask)
+            if out is not None:
+                return out
         if repeats != 1:
             keys, values = keys.repeat_interleave(repeats, 2), values.repeat_interleave(repeats, 2)
-        return causal_attention(rotate(q_BTHK, self.query_rotations), keys, values, self.spans)
+        return causal_attention(queries, keys, values, self.spans)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The spans as FlexAttention takes them: made by the first layer that asks for it."""
+        return block_mask(self.spans)
 
 
 def split_heads(qkv_BTNK: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,8 +41,10 @@ def recompute_blocks(model: nn.Module, kind: Recomputation) -> None:
 def compile_blocks(model: nn.Module) -> bool:
     """Compile the blocks of a model, all but their attention; without a working compiler say so and leave them.
 
-    Attention is a loop over blocks of queries whose borders differ from batch to batch: it would be compiled anew each
-    time. Returns whether the blocks are compiled.
+    Attention in bands is a loop over blocks of queries whose borders differ from batch to batch: it would be compiled
+    anew each time. FlexAttention, which CUDA runs instead, is compiled by itself (`blt.flex_attention`), for any
+    borders and once for all layers of a shape; disabling what is around it leaves that as it is. Returns whether the
+    blocks are compiled.
     """
     try:
         compiled = torch.compile(_probe)
@@ -62,6 +64,12 @@ def blocks_of(model: nn.Module) -> list[Block]:
 
 
 def _keep_products(context: Any, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep the outputs of projections that run as operations of their own.
+
+    Either form of attention is computed again: the loop's products have other names, a compiled FlexAttention is no
+    operation at all, and its backward pass needs the sums of its forward pass. The same goes for what `compile_blocks`
+    compiles: of a compiled block only the two projections of its attention are kept.
+    """
     keep = operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -18,7 +18,7 @@ HEADS, HEAD_WIDTH = 2, 4
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask_BTS: Tensor) -> Tensor:
-    scores = torch.einsum("bthk,bshk->bhts", q, k) / HEAD_WIDTH**0.5
+    scores = torch.einsum("bthk,bshk->bhts", q, k) / q.shape[-1] ** 0.5
     weights = torch.softmax(scores.masked_fill(~mask_BTS[:, None], -torch.inf), -1)
     return torch.einsum("bhts,bshk->bthk", weights, v)
 
