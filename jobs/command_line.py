@@ -53,6 +53,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("jobs.train", "train a Byte Latent Transformer on a patch dataset"),
     "eval": Command("jobs.evaluate", "bits per byte of a model on held-out documents, beside gzip and xz"),
     "generate": Command("jobs.generate", "continue a prompt with a trained model"),
+    "inspect": Command("jobs.inspect_text", "text in patches over its entropies, in the terminal and as an HTML page"),
     "import": Command("jobs.import_weights", "published weights, of the reference or transformers, as a model of ours"),
     "export": Command("jobs.export_weights", "a model as a directory that transformers loads, with a model card"),
     "bench patch": Command("jobs.bench_patch", "measure patching, its files and their reader; one line of JSON"),
