@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,6 +81,21 @@ def load_entropy_model(
     """The entropy model of a directory, its weights checked against their stored fingerprint; CheckpointError."""
     model, _ = _load_entropy_model(Path(directory), torch.device(device), dtype)
     return model
+
+
+def model_kind(directory: str | Path) -> Kind:
+    """What config.json says that the directory holds; CheckpointError if that is neither kind of model."""
+    path = Path(directory) / "config.json"
+    try:
+        kind = json_object(json.loads(path.read_text(encoding="utf-8")), "of the file itself").get("kind")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; a checkpoint has one") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {_line(error)}") from error
+    for known in get_args(Kind):
+        if kind == known:
+            return cast(Kind, known)
+    raise CheckpointError(f"{path}: key kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
 
 
 def entropy_model_fingerprint(directory: str | Path) -> str:

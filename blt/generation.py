@@ -8,6 +8,7 @@ Shapes: B documents, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,15 @@ from blt.online_blt import OnlineBLT
 from blt.online_patches import OnlinePatches
 from blt.sampling import Sampling, next_ids
 from blt.vocabulary import BOS, BYTE_OFFSET, EOS, encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Bytes of a continuation that follow each other, as they were found; never empty."""
+
+    data: bytes
+    starts: tuple[bool, ...]
+    """For each byte, whether it starts a patch."""
 
 
 def generate(
@@ -44,14 +54,11 @@ def generate(
     (it looks ahead), and a rule that reads entropies where `lm` has no entropy model.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    stops = _stop_strings(stop)
     single = isinstance(prompts, bytes | bytearray | memoryview)
     checked = [_checked_bytes(prompt, "prompts") for prompt in ([prompts] if single else prompts)]
-    _check_count(max_new_bytes)
-    decoder = Decoder(lm, len(checked))
     found = [b""] * len(checked)
-    for document, piece in _pieces(decoder, checked, max_new_bytes, sampling, stops):
-        found[document] += piece
+    for document, piece in continuations(lm, checked, max_new_bytes=max_new_bytes, sampling=sampling, stop=stop):
+        found[document] += piece.data
     return found[0] if single else found
 
 
@@ -72,10 +79,28 @@ def stream(
     are those of `generate`; they are checked before the first piece is asked for.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    stops = _stop_strings(stop)
     checked = _checked_bytes(prompt, "prompt")
-    _check_count(max_new_bytes)
-    return (piece for _, piece in _pieces(Decoder(lm, 1), [checked], max_new_bytes, sampling, stops))
+    found = continuations(lm, [checked], max_new_bytes=max_new_bytes, sampling=sampling, stop=stop)
+    return (piece.data for _, piece in found)
+
+
+def continuations(
+    lm: LanguageModel,
+    prompts: Sequence[bytes],
+    *,
+    max_new_bytes: int,
+    sampling: Sampling,
+    stop: bytes | Sequence[bytes] = (),
+) -> Iterator[tuple[int, Piece]]:
+    """What `generate` returns as it is found, with its patch starts: pieces, each with the index of its prompt.
+
+    Errors are those of `generate`, and come before the first piece is asked for.
+    """
+    stops = _stop_strings(stop)
+    checked = [_checked_bytes(prompt, "prompts") for prompt in prompts]
+    if max_new_bytes < 0:
+        raise ConfigError(f"max_new_bytes must be at least 0, got {max_new_bytes}")
+    return _pieces(Decoder(lm, len(checked)), checked, max_new_bytes, sampling, stops)
 
 
 class Decoder:
@@ -85,6 +110,8 @@ class Decoder:
         with torch.inference_mode():
             self._patches = OnlinePatches(lm.patch_rule, lm.entropy_model, lm.reset_on_newline, num_documents)
             self._model = OnlineBLT(lm.model, num_documents)
+        self.starts: list[bool] = []
+        """Whether the byte to come of each document starts a patch."""
 
     @torch.inference_mode()
     def open(self, prompts: Sequence[bytes]) -> Tensor:
@@ -92,33 +119,35 @@ class Decoder:
         rows = []
         for document, prompt in enumerate(prompts):
             starts = F.pad(self._patches.open(document, prompt), (1, 0), value=True)
+            self.starts.append(bool(starts[-1]))
             rows.append(self._model.open(document, F.pad(encode(prompt), (1, 0), value=BOS), starts))
         return torch.stack(rows)
 
     @torch.inference_mode()
     def step(self, ids: Sequence[int]) -> Tensor:
         """Logits [B,V] after one more byte, given as its id, of each document."""
-        return self._model.step(ids, self._patches.step(ids))
+        self.starts = self._patches.step(ids)
+        return self._model.step(ids, self.starts)
 
     @torch.inference_mode()
     def keep(self, documents: Sequence[int]) -> None:
         """Only these documents go on, in this order."""
         self._patches.keep(documents)
         self._model.keep(documents)
+        self.starts = [self.starts[document] for document in documents]
 
 
 def _pieces(
     decoder: Decoder, prompts: Sequence[bytes], max_new_bytes: int, sampling: Sampling, stops: Sequence[bytes]
-) -> Iterator[tuple[int, bytes]]:
+) -> Iterator[tuple[int, Piece]]:
     """Pieces of the continuations as they are found, each with the index of its prompt."""
     writers = [Continuation(stops, sampling.generator()) for _ in prompts]
     going, ids = list(range(len(prompts))), list[int]()
     for num_bytes in range(max_new_bytes if prompts else 0):
         logits_BV = decoder.open(prompts) if num_bytes == 0 else decoder.step(ids)
         ids = next_ids(logits_BV, sampling, [writers[document].generator for document in going])
-        for document, byte_id in zip(going, ids, strict=True):
-            piece = writers[document].add(byte_id)
-            if piece:
+        for document, byte_id, starts in zip(going, ids, decoder.starts, strict=True):
+            if (piece := writers[document].add(byte_id, starts)) is not None:
                 yield document, piece
         rows = [row for row, document in enumerate(going) if not writers[document].ended]
         if not rows:
@@ -127,8 +156,8 @@ def _pieces(
             decoder.keep(rows)
             going, ids = [going[row] for row in rows], [ids[row] for row in rows]
     for document in going:
-        if writers[document].held:
-            yield document, writers[document].held
+        if (piece := writers[document].end()) is not None:
+            yield document, piece
 
 
 class Continuation:
@@ -136,23 +165,32 @@ class Continuation:
 
     def __init__(self, stops: Sequence[bytes], generator: torch.Generator) -> None:
         self.stops, self.generator = stops, generator
-        self.held, self.ended = b"", False
+        self.ended = False
+        self._held, self._starts = b"", list[bool]()
 
-    def add(self, byte_id: int) -> bytes:
-        """The bytes that are now known to be part of the continuation."""
+    def add(self, byte_id: int, starts: bool) -> Piece | None:
+        """The bytes that are now known to be part of the continuation; `starts`: whether the new one starts a patch."""
         if byte_id == EOS:
-            return self._end(0)
-        self.held += bytes([byte_id - BYTE_OFFSET])
-        found = [len(string) for string in self.stops if self.held.endswith(string)]
+            return self.end()
+        self._held += bytes([byte_id - BYTE_OFFSET])
+        self._starts.append(starts)
+        found = [len(string) for string in self.stops if self._held.endswith(string)]
         if found:
-            return self._end(max(found))
-        known = len(self.held) - _opening_length(self.held, self.stops)
-        piece, self.held = self.held[:known], self.held[known:]
+            return self.end(max(found))
+        return self._take(len(self._held) - _opening_length(self._held, self.stops))
+
+    def end(self, num_dropped: int = 0) -> Piece | None:
+        """All that is held but its last bytes."""
+        piece = self._take(len(self._held) - num_dropped)
+        self._held, self._starts, self.ended = b"", [], True
         return piece
 
-    def _end(self, num_dropped: int) -> bytes:
-        """All that is held but its last bytes."""
-        piece, self.held, self.ended = self.held[: len(self.held) - num_dropped], b"", True
+    def _take(self, num_bytes: int) -> Piece | None:
+        """The first bytes of what is held; None for no bytes."""
+        if num_bytes == 0:
+            return None
+        piece = Piece(data=self._held[:num_bytes], starts=tuple(self._starts[:num_bytes]))
+        self._held, self._starts = self._held[num_bytes:], self._starts[num_bytes:]
         return piece
 
 
@@ -177,8 +215,3 @@ def _checked_bytes(value: object, name: str) -> bytes:
     if not isinstance(value, bytes | bytearray | memoryview):
         raise ConfigError(f"{name} must be bytes, got {type(value).__name__}: text has to be encoded, as UTF-8")
     return bytes(value)
-
-
-def _check_count(max_new_bytes: int) -> None:
-    if max_new_bytes < 0:
-        raise ConfigError(f"max_new_bytes must be at least 0, got {max_new_bytes}")

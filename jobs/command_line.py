@@ -53,6 +53,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("jobs.train", "train a Byte Latent Transformer on a patch dataset"),
     "eval": Command("jobs.evaluate", "bits per byte of a model on held-out documents, beside gzip and xz"),
     "generate": Command("jobs.generate", "continue a prompt with a trained model"),
+    "inspect": Command("jobs.inspect_text", "text in patches over its entropies, in the terminal and as an HTML page"),
     "import": Command("jobs.import_weights", "published weights, of the reference or transformers, as a model of ours"),
     "export": Command("jobs.export_weights", "a model as a directory that transformers loads, with a model card"),
     "bench patch": Command("jobs.bench_patch", "measure patching, its files and their reader; one line of JSON"),
@@ -107,11 +108,11 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         print(command_help(name, module, file, actions, own_options, flags))
         return 0
     given = {key: getattr(options, f"option.{key}") for key in own_options.values()}
-    settings = _with_places(options.settings, getattr(module, "POSITIONAL", ()))
+    settings, places = _with_places(options.settings, getattr(module, "POSITIONAL", ()))
     settings += [f"{key}={value}" for key, value in given.items() if value is not None]
     with log_to(options.log_file, verbose=options.verbose):
         run: Callable[[object], JobResult] = actions[options.action].run if options.action else module.run
-        return _outcome(f"blt {name}", lambda: run(load_config(module.Config, file, settings)))
+        return _outcome(f"blt {name}", lambda: run(load_config(module.Config, file, settings, places)))
 
 
 def _own_options(module: ModuleType) -> Mapping[str, str]:
@@ -120,19 +121,19 @@ def _own_options(module: ModuleType) -> Mapping[str, str]:
     return given if isinstance(given, Mapping) else {key.replace("_", "-"): key for key in given}
 
 
-def _with_places(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
-    """The settings, with those that are no KEY=VALUE given to `keys` in their order. ConfigError for one too many."""
-    settings, left = [], list(keys)
+def _with_places(arguments: Sequence[str], keys: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The settings, and what is no KEY=VALUE by the `keys` in their order. ConfigError for one too many."""
+    settings, places, left = list[str](), dict[str, str](), list(keys)
     for argument in arguments:
         if _SETTING.match(argument) or not keys:
             settings.append(argument)
         elif left:
-            settings.append(f"{left.pop(0)}={argument}")
+            places[left.pop(0)] = argument
         else:
             raise ConfigError(
                 f'command line: "{argument}" is one argument too many (accepted: {", ".join(keys).upper()})'
             )
-    return settings
+    return settings, places
 
 
 def _outcome(program: str, work: Callable[[], JobResult]) -> int:

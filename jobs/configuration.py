@@ -80,13 +80,19 @@ def read_config_file(file: Path) -> dict[str, Any]:
     return values
 
 
-def load_config(cls: type[T], file: Path | str | None, overrides: Sequence[str] = ()) -> T:
+def load_config(
+    cls: type[T], file: Path | str | None, overrides: Sequence[str] = (), texts: Mapping[str, str] | None = None
+) -> T:
     """The configuration of class `cls` from the file, if any, with `key.sub=value` overrides laid over it.
 
-    Override values are YAML; the text of a key that holds text is taken as it stands. Relative paths are left alone.
+    Override values are YAML; the text of a key that holds text is taken as it stands, unless it is null or begins with
+    a quote. `texts` go before all else: values by key, for keys that hold text, which are never YAML. Relative paths
+    are left alone.
     """
     values = read_config_file(path) if (path := Path(file) if file is not None else None) else {}
     keys = [_apply_override(cls, values, override) for override in overrides]
+    values |= texts or {}
+    keys += texts or {}
     origin = _Origin(file=path, overrides=tuple(keys))
     prepared = _prepare(cls, values, None, "", origin)
     try:

@@ -14,8 +14,8 @@ import yaml
 
 from blt.checkpoint import LanguageModel
 from blt.config_json import to_json
-from blt.patching import PatchRule
 from jobs.record import JobRecord
+from jobs.rule_text import rule_text
 from pipelines.evaluate.evaluation import Evaluation
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -47,7 +47,7 @@ def model_card(model: LanguageModel, facts: CardFacts) -> str:
         title=facts.title,
         parameters=_count(model.model),
         entropy_parameters=0 if model.entropy_model is None else _count(model.entropy_model),
-        rule=_rule(model.patch_rule, model.reset_on_newline),
+        rule=rule_text(model.patch_rule, model.reset_on_newline),
         differences=facts.differences,
         max_patch_length=model.patch_rule.max_patch_length,
         facts=_training(model, facts.training),
@@ -71,11 +71,6 @@ def _licence(licence: str | None) -> str:
     if licence is None:
         return "None was named for these weights when they were exported; ask whoever trained them."
     return f"`{licence}`, for the weights."
-
-
-def _rule(rule: PatchRule, reset_on_newline: bool) -> str:
-    told = [f"{key} {value}" for key, value in vars(rule).items() if value not in (None, False)]
-    return ", ".join(told).replace("_", " ") + (", entropies start anew at each newline" if reset_on_newline else "")
 
 
 def _training(model: LanguageModel, record: JobRecord | None) -> dict[str, str]:

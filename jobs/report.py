@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from blt.checkpoint import entropy_model_fingerprint, load_entropy_model
 from blt.entropy_model import document_entropies
 from blt.errors import ConfigError, DataError
 from jobs.configuration import to_plain
+from jobs.page import template_fingerprint, write_page
 from jobs.progress import progress
 from jobs.record import JobResult
-from jobs.report_page import PatchView, render, template_fingerprint
+from jobs.report_page import PatchView, render
 from jobs.report_patches import Passage, patch_lengths, read_passage
 from jobs.report_run import COMMANDS, MODEL_CONFIG_PATH, Run, read_run, run_directories
 from pipelines.storage import Storage
@@ -87,7 +87,7 @@ def run(config: Config) -> JobResult:
     for what in left_out:
         logger.info("left out: %s", what)
     page = render(found, config.title or _title(config), view, left_out, fingerprint)
-    _write(Path(config.output), page)
+    write_page(config.output, page)
     return JobResult(
         seconds=round(time.monotonic() - started, 3),
         path=config.output,
@@ -161,14 +161,3 @@ def _is_current(output: Path, fingerprint: str) -> bool:
             return fingerprint in file.read(2000)
     except (OSError, UnicodeDecodeError):
         return False
-
-
-def _write(output: Path, page: str) -> None:
-    """Replace the file at once, so that a reader finds it whole."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,28 +1,23 @@
-"""The page: one HTML file that needs nothing else, no script and no network, in light and dark and on paper.
+"""The report's page: one HTML file that needs nothing else, no script and no network, in light and dark and on paper.
 
-In: a `Run` and what was read from its patch dataset. Out: the text of the page. Every text goes through the
-template's escaping; there is no markup in this module.
+In: a `Run` and what was read from its patch dataset. Out: the text of the page.
 """
 
-import functools
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import jinja2
 import yaml
 
+from jobs.page import render_page
+from jobs.passage_layout import COLUMN_WIDTH, CURVE_HEIGHT, Layout, lay_out
 from jobs.report_calibration import all_rows, calibration_charts, chosen_rows, drawn_sources
 from jobs.report_chart import histogram
-from jobs.report_passage import COLUMN_WIDTH, CURVE_HEIGHT, Layout, lay_out
 from jobs.report_patches import Passage, PatchLengths
 from jobs.report_run import COMMANDS, Run
-from jobs.report_table import Comparison, comparisons, headline, stage_rows, summary_rows, visible
+from jobs.report_table import Comparison, comparisons, headline, stage_rows, summary_rows
 from jobs.report_training import training_views
 
-TEMPLATES = Path(__file__).parent / "templates"
 _TEMPLATE = "report.html.jinja"
 
 
@@ -54,56 +49,32 @@ def render(run: Run, title: str, view: PatchView | None, left_out: Sequence[str]
     threshold = rule.threshold if rule is not None and rule.kind == "entropy" and not rule.monotonic else None
     layout: Layout | None = None
     if view is not None and view.passage is not None:
-        layout = lay_out(view.passage, view.entropies, threshold)
-    return (
-        _environment()
-        .get_template(_TEMPLATE)
-        .render(
-            title=title,
-            fingerprint=fingerprint,
-            run=run,
-            headline=headline(run),
-            rows=summary_rows(run),
-            stages=stage_rows(run),
-            comparisons=_bars(run),
-            view=view,
-            layout=layout,
-            threshold=threshold,
-            histogram=histogram(view.lengths) if view is not None else None,
-            trainings=training_views(run),
-            calibration=run.calibration,
-            calibration_charts=calibration_charts(run.calibration) if run.calibration is not None else [],
-            drawn_sources=drawn_sources(run.calibration) if run.calibration is not None else [],
-            chosen_rows=chosen_rows(run.calibration) if run.calibration is not None else [],
-            threshold_rows=all_rows(run.calibration) if run.calibration is not None else [],
-            sources=_sources(run),
-            left_out=left_out,
-            column_width=COLUMN_WIDTH,
-            curve_height=CURVE_HEIGHT,
-        )
+        passage = view.passage
+        layout = lay_out(passage.text, passage.starts, view.entropies, threshold, offset=passage.offset)
+    return render_page(
+        _TEMPLATE,
+        title=title,
+        fingerprint=fingerprint,
+        run=run,
+        headline=headline(run),
+        rows=summary_rows(run),
+        stages=stage_rows(run),
+        comparisons=_bars(run),
+        view=view,
+        layout=layout,
+        threshold=threshold,
+        histogram=histogram(view.lengths) if view is not None else None,
+        trainings=training_views(run),
+        calibration=run.calibration,
+        calibration_charts=calibration_charts(run.calibration) if run.calibration is not None else [],
+        drawn_sources=drawn_sources(run.calibration) if run.calibration is not None else [],
+        chosen_rows=chosen_rows(run.calibration) if run.calibration is not None else [],
+        threshold_rows=all_rows(run.calibration) if run.calibration is not None else [],
+        sources=_sources(run),
+        left_out=left_out,
+        column_width=COLUMN_WIDTH,
+        curve_height=CURVE_HEIGHT,
     )
-
-
-def template_fingerprint() -> str:
-    """Hex sha256 of the templates: a page made with others is not up to date."""
-    digest = hashlib.sha256()
-    for path in sorted(TEMPLATES.iterdir()):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["visible"] = visible
-    return environment
 
 
 def _bars(run: Run) -> list[tuple[Comparison, float]]:

@@ -14,8 +14,8 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from blt.errors import DataError
-from jobs.generate import SAMPLE_NAME, Sample
 from jobs.record import RECORD_NAME, JobRecord, read_record
+from jobs.sample import SAMPLE_NAME, Sample
 from pipelines.evaluate.evaluation import EVALUATION_PATH, Evaluation
 from pipelines.manifest import MANIFEST_PATH, Manifest, read_manifest
 from pipelines.patch.calibration import CALIBRATION_PATH, Calibration, read_calibration

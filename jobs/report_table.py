@@ -3,8 +3,7 @@
 In: a `Run`. Out: rows with a label, a value and a note; `print_summary` shows them with rich.
 """
 
-import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.report_run import Run, StageFigures, read_run, run_directories, stages
+from jobs.shown_text import visible
 from pipelines.manifest import Manifest
 
 
@@ -115,7 +115,7 @@ def print_summary(run: str, console: Console | None = None) -> None:
     """Print tables, sample and the page's path of the run in `run`, to standard output unless told otherwise."""
     console = console or Console()
     found = read_run(run_directories(run))
-    console.print(_summary_table(found))
+    console.print(row_table(summary_rows(found)))
     if rows := stage_rows(found):
         console.print(_stage_table(rows))
     if found.sample is not None:
@@ -123,15 +123,6 @@ def print_summary(run: str, console: Console | None = None) -> None:
         console.print(Text.assemble((visible(found.sample.prompt), "dim"), visible(found.sample.text)), end="\n\n")
     if (page := Path(run) / "report.html").exists():
         console.print(Text.assemble(("Report: ", "bold"), str(page)), soft_wrap=True)
-
-
-def visible(text: str) -> str:
-    """The text with control characters, half surrogates and the like as escapes; newlines and tabs stay."""
-    hidden = ("Cc", "Cf", "Cs", "Cn")
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in hidden and c not in "\n\t" else c
-        for c in text
-    )
 
 
 def _dataset_rows(run: Run) -> Iterator[Row]:
@@ -197,12 +188,13 @@ def _rate(bytes_per_second: float | None) -> str:
     return f"{decimal(round(bytes_per_second))}/s" if bytes_per_second is not None else ""
 
 
-def _summary_table(run: Run) -> Table:
+def row_table(rows: Iterable[Row]) -> Table:
+    """Rows of figures for a terminal."""
     table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim")
-    for row in summary_rows(run):
+    for row in rows:
         style = "bold green" if row.label == "BLT" else ""
         table.add_row(Text(row.label), Text(row.value, style=style), Text(row.note))
     return table

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from blt.checkpoint import (
     fingerprint,
     load,
     load_entropy_model,
+    model_kind,
     save_entropy_model,
     save_language_model,
 )
@@ -53,6 +55,17 @@ def test_load_gives_back_what_was_saved(language_model: Build, tmp_path: Path) -
         "entropy_model/model.safetensors",
         "model.safetensors",
     ]
+
+
+def test_the_kind_of_a_directory_is_told_without_its_weights(saved: Path) -> None:
+    assert (model_kind(saved), model_kind(saved / "entropy_model")) == ("blt", "entropy_model")
+    config = saved / "config.json"
+    for text in ('{"kind": "bltx"}', "{}", "[]", "{"):
+        config.write_text(text)
+        with pytest.raises(CheckpointError, match=re.escape(str(config))):
+            model_kind(saved)
+    with pytest.raises(CheckpointError, match="no such file"):
+        model_kind(saved / "nowhere")
 
 
 def test_a_second_save_replaces_the_first(saved: Path, language_model: Build) -> None:

@@ -9,7 +9,7 @@ import torch
 from blt.checkpoint import LanguageModel
 from blt.entropy_model import STREAM_BYTES, EntropyModel, document_entropies
 from blt.errors import ConfigError
-from blt.generation import Decoder, generate, stream
+from blt.generation import Decoder, continuations, generate, stream
 from blt.online_patches import OnlineEntropies, OnlinePatches
 from blt.patching import (
     ENTROPY_STEPS_PER_NAT,
@@ -144,6 +144,28 @@ def test_greedy_is_the_naive_loop(language_model: Build, name: str, prompt: byte
     assert generate(lm, prompt, max_new_bytes=12) == naive_greedy(lm, prompt, 12)
 
 
+@pytest.mark.parametrize("name", ["entropy", "fixed"])
+def test_pieces_know_their_patches(language_model: Build, name: str) -> None:
+    """Documents stop at different times; starts stay with their document and equal those of the whole text."""
+    lm, prompts = language_model(RULES[name]), [b"", b"Four\nscore", b"\xff\x00 years"]
+    sampling = Sampling(temperature=1.0, seed=5)
+    alone = generate(lm, prompts[1], max_new_bytes=30, temperature=1.0, seed=5)
+    assert isinstance(alone, bytes)
+    found = [(b"", list[bool]()) for _ in prompts]
+    for index, piece in continuations(lm, prompts, max_new_bytes=30, sampling=sampling, stop=alone[12:14]):
+        data, starts = found[index]
+        found[index] = data + piece.data, [*starts, *piece.starts]
+    assert found[1][0] == alone[:12]
+    assert max(len(data) for data, _ in found) > 12
+    for prompt, (data, starts) in zip(prompts, found, strict=True):
+        entropies = None
+        if lm.patch_rule.needs_entropies:
+            assert lm.entropy_model is not None
+            (entropies,) = document_entropies(lm.entropy_model, [prompt + data])
+        offline = document_patch_starts(prompt + data, entropies, lm.patch_rule)
+        assert starts == offline[len(prompt) : -1].tolist()
+
+
 def test_several_prompts_are_their_single_runs(language_model: Build) -> None:
     lm, prompts = language_model(), [b"", b"a longer prompt", b"\xff\x00", b"a longer prompt"]
     sampled = generate(lm, prompts, max_new_bytes=10, temperature=0.8, top_k=40, top_p=0.9, seed=7)
@@ -167,13 +189,19 @@ def test_stream_joins_to_generate_one_byte_at_a_time(language_model: Build) -> N
 
 
 class Scripted:
-    """Stands for a decoder whose next bytes are known: each answer is the continuation of one prompt."""
+    """Stands for a decoder whose next bytes are known: each answer is the continuation of one prompt.
+
+    Vowels start patches.
+    """
 
     def __init__(self, answers: list[bytes], ends: bool = False) -> None:
         self.ids = [[byte + BYTE_OFFSET for byte in answer] + [EOS] * ends for answer in answers]
+        self.starts: list[bool] = []
 
     def open(self, prompts: list[bytes]) -> torch.Tensor:
-        return torch.nn.functional.one_hot(torch.tensor([ids.pop(0) for ids in self.ids]), VOCABULARY_SIZE).float()
+        next_bytes = [ids.pop(0) for ids in self.ids]
+        self.starts = [byte_id in encode(b"aeiou").tolist() for byte_id in next_bytes]
+        return torch.nn.functional.one_hot(torch.tensor(next_bytes), VOCABULARY_SIZE).float()
 
     def step(self, ids: list[int]) -> torch.Tensor:
         assert len(ids) == len(self.ids)
@@ -204,6 +232,10 @@ def test_stop_strings_end_the_output_and_are_not_part_of_it(
     pieces = list(stream(lm, b"", max_new_bytes=len(answer), stop=stop))
     assert b"".join(pieces) == expected
     assert all(pieces)
+    whole = list(continuations(lm, [b"", b""], max_new_bytes=len(answer), sampling=Sampling(), stop=stop))
+    assert [piece.data for index, piece in whole if index == 1] == pieces
+    starts = [starts_patch for index, piece in whole if index == 0 for starts_patch in piece.starts]
+    assert starts == [byte in b"aeiou" for byte in expected]
 
 
 def test_eos_ends_the_output(language_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,9 @@ from blt.checkpoint import fingerprint, save_entropy_model
 from blt.entropy_model import EntropyModel, EntropyModelConfig, document_entropies
 from blt.layers import TransformerConfig
 from blt.patching import PatchRule, document_patch_starts
-from jobs.generate import Sample
 from jobs.record import JobResult, write_record
 from jobs.report_run import COMMANDS
+from jobs.sample import Sample
 from pipelines.evaluate.evaluation import Evaluation, write_evaluation
 from pipelines.manifest import Manifest, Patching, ShardEntry, read_manifest, write_manifest
 from pipelines.patch.calibration import Calibration, CalibrationRow, SourceCalibration, write_calibration

@@ -162,6 +162,8 @@ def test_places_named_options_and_flags(command: Callable[..., None], capsys: py
     assert last_line(capsys)[0]["sent"] == "/a=1/here ./b=2 parcel True"
     assert main(["say", "here", "target=there"]) == 0
     assert last_line(capsys)[0]["sent"] == "here there letter False"
+    assert main(["say", '"here', "null"]) == 0  # what stands by itself is no YAML
+    assert last_line(capsys)[0]["sent"] == '"here null letter False'
     assert main(["say", "a", "b", "c"]) == 2
     assert '"c" is one argument too many (accepted: ORIGIN, TARGET)' in str(last_line(capsys)[0]["error"])
     assert main(["say", "--help"]) == 0

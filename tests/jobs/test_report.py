@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import html.parser
 import io
 import json
 import math
@@ -17,9 +16,9 @@ from rich.console import Console
 from blt.errors import ConfigError
 from jobs import report
 from jobs.command_line import main
+from jobs.page import TEMPLATES
 from jobs.report_calibration import WHOLE, calibration_charts, drawn_sources
 from jobs.report_chart import STYLES
-from jobs.report_page import TEMPLATES
 from jobs.report_patches import patch_lengths, read_passage
 from jobs.report_run import COMMANDS, read_history, read_run, run_directories
 from jobs.report_table import print_summary, stage_rows, summary_rows
@@ -28,43 +27,8 @@ from pipelines.manifest import read_manifest
 from pipelines.patch.calibration import Calibration, read_calibration
 from pipelines.train.account import account_of
 from pipelines.train.timeline import Entry, Event, Started, read_timeline
+from tests.jobs.html_page import HtmlPage
 from tests.jobs.report_case import DEATH, EVALUATION, HOSTILE, SAMPLE_TEXT, steps_made, write_run, write_timeline
-
-_VOID = {"meta", "link", "br"}
-
-
-class _Page(html.parser.HTMLParser):
-    """Checks nesting and collects attributes and text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.cells: list[str] = []
-        self.titles: list[str] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in _VOID:
-            self.open.append(tag)
-        if tag == "b":
-            self.titles.append(dict(attrs)["title"] or "")
-            self.cells.append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "b":
-            self.cells[-1] += data
-        if "style" not in self.open:
-            self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +46,7 @@ def page_text(run_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_is_well_formed_and_loads_nothing(page_text: str) -> None:
-    page = _Page(page_text)
+    page = HtmlPage(page_text)
     assert page.open == []
     assert len(page_text) < 1_000_000
     links = [value for _, name, value in page.attributes if name in ("src", "href", "srcset", "data", "action")]
@@ -94,7 +58,7 @@ def test_is_well_formed_and_loads_nothing(page_text: str) -> None:
 
 
 def test_holds_the_figures_of_the_run(page_text: str, run_directory: Path) -> None:
-    text = _Page(page_text).text
+    text = HtmlPage(page_text).text
     manifest = read_manifest(str(run_directory / "patches"))
     patches = sum(shard.patches or 0 for shard in manifest.shards)
     bpbs = [EVALUATION.bpb, EVALUATION.bpb_low, EVALUATION.bpb_high, *EVALUATION.baselines.values(), 2.6041]
@@ -105,33 +69,27 @@ def test_holds_the_figures_of_the_run(page_text: str, run_directory: Path) -> No
 
 
 def test_text_is_shown_byte_for_byte(page_text: str) -> None:
-    page = _Page(page_text)
-    shown = b""
-    for cell, title in zip(page.cells, page.titles, strict=True):
-        data = bytes.fromhex(re.match(r"0x([0-9A-F]+)", title)[1])  # type: ignore[index]
-        readable = {"↵": b"\n", "⇥": b"\t"}.get(cell, cell.encode())
-        assert data == (bytes.fromhex(cell) if re.fullmatch(r"[0-9A-F]{2}( [0-9A-F]{2})*", cell) else readable)
-        shown += data
-    assert shown == HOSTILE
+    page = HtmlPage(page_text)
+    assert page.passage() == HOSTILE
     assert {"FF", "00", "0D", "↵", "⇥", "<", "日"} <= set(page.cells)
     assert "A <b>bold</b> title" in page.text
     assert "Fellow <citizens>, " + SAMPLE_TEXT.replace("\x07", "\\x07") in page.text
 
 
 def test_curve_stands_under_its_byte(page_text: str, run_directory: Path) -> None:
-    """Every piece has a curve of its own width, and the entropies in the titles agree with the starts."""
-    pieces = re.findall(
-        r'class="piece" style="width: (\d+)ch"><span class="c\d( opens)?.*?viewBox="0 0 (\d+) 100".*?points="([^"]+)"',
+    """Every word has a curve of its own width, and the entropies in the titles agree with the starts."""
+    words = re.findall(
+        r'class="word" style="width: (\d+)ch"><span>.*?viewBox="0 0 (\d+) 100".*?points="([^"]+)"',
         page_text,
         re.DOTALL,
     )
-    assert pieces
-    for columns, _, width, points in pieces:
+    assert words
+    for columns, width, points in words:
         assert int(width) == 10 * int(columns)
         xs = [float(point.split(",")[0]) for point in points.split()]
         assert xs == sorted(xs)
         assert xs[0] < 10 * int(columns)
-    titles = _Page(page_text).titles
+    titles = HtmlPage(page_text).titles
     lengths = [int(re.search(r"patch of (\d+)", title)[1]) for title in titles]  # type: ignore[index]
     passage = read_passage(
         str(run_directory / "patches"), read_manifest(str(run_directory / "patches")), num_bytes=1600
@@ -164,9 +122,9 @@ def test_calibration_is_shown_source_by_source(page_text: str) -> None:
     }
     every = [name for name, row in rows if row.count("<td") == 4 and re.search(r"\d\.\d{5}</td>", row)]
     assert [every.count(name) for name in cells] == [3] * 4
-    text = _Page(page_text).text
+    text = HtmlPage(page_text).text
     assert "chosen for 4.40 bytes per patch; it gives 4.50, as near as multiples of 1/32 nat come." in text
-    labels = [value for tag, name, value in _Page(page_text).attributes if (tag, name) == ("svg", "aria-label")]
+    labels = [value for tag, name, value in HtmlPage(page_text).attributes if (tag, name) == ("svg", "aria-label")]
     names = "english, <b>code</b>, deutsch, whole sample"
     assert f"Threshold and mean patch size: bytes per patch over threshold (nats); lines: {names}" in labels
     assert f"Threshold and one-byte patches: % of patches over threshold (nats); lines: {names}" in labels
@@ -229,7 +187,7 @@ def test_every_interruption_is_shown_with_its_cost(page_text: str) -> None:
         ["all", "", "4", "1", "21.5", ""],
     ]
     assert len([row for row in rows if row[0] == "Cause"]) == 1
-    assert _Page(page_text).text.count("Entropy model: no interruption.") == 1
+    assert HtmlPage(page_text).text.count("Entropy model: no interruption.") == 1
     assert "BLT: no interruption." not in page_text
 
 
@@ -288,7 +246,7 @@ def test_interruptions_at_one_place_are_one_mark_and_many_are_folded(run_directo
     report.run(report.Config(model=str(copy), output=str(tmp_path / "report.html")))
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<summary>30 interruptions of the BLT</summary>" in text
-    assert _Page(text).open == []
+    assert HtmlPage(text).open == []
 
 
 def test_a_training_without_a_timeline_has_no_account(run_directory: Path, tmp_path: Path) -> None:
@@ -324,7 +282,7 @@ def test_few_of_many_sources_are_drawn(calibration: Calibration) -> None:
 
 
 def test_every_style_of_a_line_has_its_colour_in_every_scheme() -> None:
-    css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    css = (TEMPLATES / "page.css").read_text(encoding="utf-8")
     for style in STYLES:
         assert len(re.findall(rf"--{style}: #[0-9a-f]{{6}};", css)) == 3  # light, dark and on paper
         assert f".chart .{style} {{ color: var(--{style}); }}" in css
@@ -368,7 +326,7 @@ def test_made_again_only_if_something_changed(run_directory: Path, tmp_path: Pat
 def test_a_part_alone_has_a_report(run_directory: Path, tmp_path: Path, part: str) -> None:
     output = tmp_path / "report.html"
     report.run(report.Config(output=str(output), **{part: str(run_directory / part)}))
-    page = _Page(output.read_text(encoding="utf-8"))
+    page = HtmlPage(output.read_text(encoding="utf-8"))
     assert page.open == []
     assert f"blt {COMMANDS[part]}" in page.text
     if part == "patches":
@@ -422,7 +380,7 @@ def test_broken_file_is_named(run_directory: Path, tmp_path: Path, capsys: pytes
 def test_terminal_shows_the_rows_of_the_page(run_directory: Path, page_text: str) -> None:
     run, text = read_run(run_directories(str(run_directory))), io.StringIO()
     print_summary(str(run_directory), Console(file=text, width=120))
-    page = _Page(page_text).text
+    page = HtmlPage(page_text).text
     for row in summary_rows(run):
         assert row.value in text.getvalue()
         assert row.value in page
