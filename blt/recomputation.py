@@ -20,10 +20,12 @@ Recomputation = Literal["none", "selective", "full"]
 """What the backward pass computes again: nothing; all but the outputs of matrix products; whole blocks."""
 
 
-def prepare_blocks(model: nn.Module, recomputation: Recomputation, compile: bool) -> None:
-    """Compile the blocks of a model and have them keep less, as asked for; before they are sharded."""
+def prepare_blocks(
+    model: nn.Module, recomputation: Recomputation, compile: bool, device: torch.device | str = "cpu"
+) -> None:
+    """Compile the blocks of a model that will run on `device` and have them keep less, as asked; before sharding."""
     if compile:
-        compile_blocks(model)
+        compile_blocks(model, device)
     recompute_blocks(model, recomputation)
 
 
@@ -38,8 +40,9 @@ def recompute_blocks(model: nn.Module, kind: Recomputation) -> None:
         block.forward = functools.partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
 
 
-def compile_blocks(model: nn.Module) -> bool:
-    """Compile the blocks of a model, all but their attention; without a working compiler say so and leave them.
+def compile_blocks(model: nn.Module, device: torch.device | str = "cpu") -> bool:
+    """Compile the blocks of a model, all but their attention; without a compiler that works say so and leave
+    them.
 
     Attention in bands is a loop over blocks of queries whose borders differ from batch to batch: it would be compiled
     anew each time. FlexAttention, which CUDA runs instead, is compiled by itself (`blt.flex_attention`), for any
@@ -48,7 +51,7 @@ def compile_blocks(model: nn.Module) -> bool:
     """
     try:
         compiled = torch.compile(_probe)
-        compiled(torch.ones(8))
+        compiled(torch.ones(8, device=device))
     except Exception as error:  # whatever it is that the compiler lacks: the run goes on without it
         logger.warning("torch.compile does not work here, going on without it: %s", _first_line(error))
         return False

@@ -38,7 +38,7 @@ def sharded(
     """
     with torch.device("meta"):
         model = build()
-    prepare_blocks(model, recomputation, compile)
+    prepare_blocks(model, recomputation, compile, mesh.device_type)
     tables = _split_tables(model, mesh)
     narrow = torch.bfloat16 if precision == "bfloat16" else None
     policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)

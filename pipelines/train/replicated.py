@@ -77,7 +77,7 @@ class ReplicatedTraining:
         config = job.config
         self._place, self._has_begun = place, False
         self.model: Model = job.without_weights().to(device)
-        prepare_blocks(self.model, config.activation_checkpointing, config.compile)
+        prepare_blocks(self.model, config.activation_checkpointing, config.compile, device)
         self.optimizer: torch.optim.Optimizer = build_optimizer(self.model, config.optimizer)
         self._tensors = training_tensors(self.model, self.optimizer)
         self._checkpoints = checkpoints_of(job, cluster.recorder)
