@@ -117,6 +117,9 @@ class Feed:
         """A rank's micro-batches of a step; what the thread raised while it made them is raised here."""
         wanted, asked = (step, rank, world_size), time.perf_counter()
         with self._changed:
+            # A healed worker comes from some steps ago: those that it left behind would take the room of others.
+            for made in [made for made in self._ready if made[0] < step or made[1:] != wanted[1:]]:
+                del self._ready[made]
             if wanted not in self._ready and wanted != self._next:
                 self._ready.clear()
                 self._next = wanted

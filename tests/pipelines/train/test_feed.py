@@ -11,7 +11,7 @@ from blt.loss import NO_TARGET
 from blt.step import Batch
 from pipelines.manifest import read_manifest
 from pipelines.train.batch import make_batch
-from pipelines.train.feed import Feed, FeedConfig, SequenceReader, StepBatches
+from pipelines.train.feed import PREFETCHED_STEPS, Feed, FeedConfig, SequenceReader, StepBatches
 from pipelines.train.index import Index, index_shard
 from pipelines.train.order import micro_steps
 from tests.pipelines.train.patched import random_document, write_patches
@@ -95,6 +95,16 @@ def test_shares_may_change_and_steps_may_be_asked_for_again(root: str, index: In
         expected = [feed.assemble(*request) for request in asked]
     assert [rows_of(step.batches) for step in found] == [rows_of(step.batches) for step in expected]
     assert [step.sequence_hash for step in found] == [step.sequence_hash for step in expected]
+
+
+@pytest.mark.parametrize("jump", range(1, PREFETCHED_STEPS + 3))
+def test_steps_may_be_left_out(root: str, index: Index, jump: int) -> None:
+    """A healed worker goes on where the others are; what was made of the steps between keeps no room."""
+    with Feed(root, index, config(), STEPS) as feed:
+        for step in range(0, STEPS - PREFETCHED_STEPS, jump):
+            assert feed.step(step, 0, 1).sequence_hash == feed.assemble(step, 0, 1).sequence_hash
+            with feed._changed:
+                assert feed._changed.wait_for(lambda: len(feed._ready) == PREFETCHED_STEPS, timeout=60)
 
 
 def test_an_epoch_brings_every_byte_and_eos_once(root: str, index: Index) -> None:
