@@ -6,7 +6,6 @@ Everything is real: Ray Train groups, raylets, signals. The curve is computed wi
 import contextlib
 import itertools
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -268,7 +267,7 @@ def test_nodes_go_and_come(cluster: Cluster, data: str, tmp_path: Path) -> None:
     )
 
     def lose() -> None:
-        lost_node(cluster).kill()
+        lose_node(cluster)
 
     def add_when_two() -> None:
         wait_for(lambda: told_steps(job.output)[-1].workers == 2, "a group of two")
@@ -287,10 +286,11 @@ def test_nodes_go_and_come(cluster: Cluster, data: str, tmp_path: Path) -> None:
     assert [size for size, _ in itertools.groupby(s.workers for s in told_steps(job.output))] == [3, 2, 3, 2]
 
 
-def lost_node(cluster: Cluster) -> subprocess.Popen[bytes]:
-    """The raylet of a node: with it all that runs there."""
-    process: subprocess.Popen[bytes] = next(iter(cluster.worker_nodes)).all_processes["raylet"][0].process
-    return process
+def lose_node(cluster: Cluster) -> None:
+    """Kill the raylet of a node and all that runs below it; a worker alone may outlive its raylet."""
+    raylet = psutil.Process(next(iter(cluster.worker_nodes)).all_processes["raylet"][0].process.pid)
+    for process in (raylet, *raylet.children(recursive=True)):
+        process.kill()
 
 
 @pytest.mark.parametrize("comes_back", [False, True])
@@ -303,7 +303,7 @@ def test_replicas_do_without_a_lost_node(cluster: Cluster, data: str, tmp_path: 
     job = tiny_job(data, tmp_path / "run", **options, steps=steps_taking(seconds, probe, least=200))
 
     def lose() -> None:
-        lost_node(cluster).kill()
+        lose_node(cluster)
         if comes_back:
             wait_for(lambda: told_steps(job.output)[-1].workers == 2, "two workers that go on")
             cluster.add_node(num_cpus=1)
