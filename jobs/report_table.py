@@ -4,7 +4,7 @@ In: a `Run`. Out: rows with a label, a value and a note; `print_summary` shows t
 """
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,7 +115,7 @@ def print_summary(run: str, console: Console | None = None) -> None:
     """Print tables, sample and the page's path of the run in `run`, to standard output unless told otherwise."""
     console = console or Console()
     found = read_run(run_directories(run))
-    console.print(_summary_table(found))
+    console.print(rows_table(summary_rows(found)))
     if rows := stage_rows(found):
         console.print(_stage_table(rows))
     if found.sample is not None:
@@ -123,6 +123,18 @@ def print_summary(run: str, console: Console | None = None) -> None:
         console.print(Text.assemble((visible(found.sample.prompt), "dim"), visible(found.sample.text)), end="\n\n")
     if (page := Path(run) / "report.html").exists():
         console.print(Text.assemble(("Report: ", "bold"), str(page)), soft_wrap=True)
+
+
+def rows_table(rows: Iterable[Row]) -> Table:
+    """The rows for a terminal; that of the BLT's result stands out."""
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim")
+    for row in rows:
+        style = "bold green" if row.label == "BLT" else ""
+        table.add_row(Text(row.label), Text(row.value, style=style), Text(row.note))
+    return table
 
 
 def visible(text: str) -> str:
@@ -195,17 +207,6 @@ def _stage_row(stage: StageFigures) -> StageRow:
 
 def _rate(bytes_per_second: float | None) -> str:
     return f"{decimal(round(bytes_per_second))}/s" if bytes_per_second is not None else ""
-
-
-def _summary_table(run: Run) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(style="dim")
-    for row in summary_rows(run):
-        style = "bold green" if row.label == "BLT" else ""
-        table.add_row(Text(row.label), Text(row.value, style=style), Text(row.note))
-    return table
 
 
 def _stage_table(rows: list[StageRow]) -> Table:
