@@ -29,14 +29,14 @@ def forecast_result(
 ) -> JobResult:
     """Print the forecast of a run and give its figures."""
     found = forecast(config, assumed, model, data, entropy_model)
-    print_forecast(config, found)
+    print_forecast(found)
     return JobResult(
         path=output,
         bytes=found.bytes,
         mean_patch_bytes=round(found.mean_patch_bytes, 4),
         figures={
             **_model_figures(found),
-            **_run_figures(config, found),
+            **_run_figures(found),
             **_memory_figures(found),
             **_traffic_figures(found),
         },
@@ -52,15 +52,15 @@ def _model_figures(found: Forecast) -> Figures:
     }
 
 
-def _run_figures(config: TrainConfig, found: Forecast) -> Figures:
+def _run_figures(found: Forecast) -> Figures:
     return {
-        "steps": found.steps,
+        "steps": found.config.steps,
         "steps_per_epoch": found.steps_per_epoch,
         "step_bytes": found.step_bytes,
         "micro_steps": found.micro_steps,
         **{f"sequences.{name}": source.sequences for name, source in found.sources.items()},
         **{f"epochs.{name}": round(epochs, 6) for name, epochs in found.reading.epochs.items()},
-        "workers": config.workers,
+        "workers": found.config.workers,
         "device": found.machine.name,
         "device_flops": found.machine.flops,
         "device_flops_source": found.machine.flops_source,
@@ -76,7 +76,7 @@ def _memory_figures(found: Forecast) -> Figures:
         **_micro_batch_figures("usual", found.usual),
         **_micro_batch_figures("most", found.most),
         "device_memory_bytes": found.machine.memory_bytes,
-        **{f"memory_bytes.of_{world.workers}_workers": world.memory.total for world in found.other_worlds},
+        **{f"memory_bytes.of_{world.workers}_workers": world.memory.total for world in found.shown_worlds},
         "smallest_fitting_workers": found.smallest_fitting,
     }
 

@@ -9,18 +9,17 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.report_table import Row, duration, rows_table
-from pipelines.train.config import TrainConfig
 from pipelines.train.forecast import Forecast
 from pipelines.train.run_sizes import MicroBatch
 
 
-def print_forecast(config: TrainConfig, found: Forecast, console: Console | None = None) -> None:
+def print_forecast(found: Forecast, console: Console | None = None) -> None:
     """Print the tables of a forecast, to standard output unless told otherwise."""
-    console = console or Console()
+    console, config = console or Console(), found.config
     for title, table in (
         ("", _parts_table(found)),
-        ("", rows_table(_run_rows(config, found))),
-        (f"Memory of each of {config.workers} workers, {config.survival}", rows_table(_memory_rows(config, found))),
+        ("", rows_table(_run_rows(found))),
+        (f"Memory of each of {config.workers} workers, {config.survival}", rows_table(_memory_rows(found))),
         ("The same with other numbers of workers", _worlds_table(found)),
         ("Bytes that a worker sends in an update", rows_table(_traffic_rows(found))),
     ):
@@ -44,12 +43,12 @@ def _parts_table(found: Forecast) -> Table:
     return table
 
 
-def _run_rows(config: TrainConfig, found: Forecast) -> Iterator[Row]:
-    machine, read = found.machine, found.reading
-    yield Row(label="Steps", value=f"{found.steps:,}", note=f"estimated: {found.steps_per_epoch:,.1f} an epoch")
+def _run_rows(found: Forecast) -> Iterator[Row]:
+    config, machine = found.config, found.machine
+    yield Row(label="Steps", value=f"{config.steps:,}", note=f"estimated: {found.steps_per_epoch:,.1f} an epoch")
     note = f"estimated: {decimal(found.step_bytes)} an update of {config.global_batch:,} sequences"
     yield Row(label="Bytes", value=decimal(found.bytes), note=note)
-    for name, epochs in read.epochs.items():
+    for name, epochs in found.reading.epochs.items():
         source = found.sources[name]
         note = f"estimated: of {name}, {source.sequences:,} sequences of {decimal(source.bytes)}"
         yield Row(label="Epochs", value=f"{epochs:,.3g}", note=note)
@@ -60,8 +59,8 @@ def _run_rows(config: TrainConfig, found: Forecast) -> Iterator[Row]:
     yield Row(label="Time", value=duration(found.seconds), note=note)
 
 
-def _memory_rows(config: TrainConfig, found: Forecast) -> Iterator[Row]:
-    memory, micro = found.world.memory, found.most
+def _memory_rows(found: Forecast) -> Iterator[Row]:
+    config, memory, micro = found.config, found.world.memory, found.most
     kept = f"{decimal(micro.activations.kept)} of them kept for the backward pass"
     recomputed = f"activation_checkpointing={config.activation_checkpointing}"
     gathered = "the block at work, the next one, and what is in no block"
@@ -100,7 +99,7 @@ def _worlds_table(found: Forecast) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for title in ("workers", "state", "working", "all", f"fits {found.machine.name}"):
         table.add_column(title, justify="right", no_wrap=True)
-    for world in found.other_worlds:
+    for world in found.shown_worlds:
         memory, fits = world.memory, {True: "yes", False: "no", None: "unknown"}[world.fits]
         sizes = (_size(memory.state), _size(memory.working), _size(memory.total))
         table.add_row(f"{world.workers:,}", *sizes, fits, style="bold" if world.workers == found.world.workers else "")

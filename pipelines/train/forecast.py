@@ -1,9 +1,10 @@
 """The forecast of a run: its configuration and its dataset's manifest in; parameters, FLOPs, memory, traffic and time
 out. It starts no Ray, touches no GPU and reads no documents.
 
-Parameters, state and traffic are exact; activations are counted on the meta device (`blt.activations`); sequences, and
-with them bytes, epochs and time, are estimated. Left out of memory: what the device's runtime, its collectives and
-gaps between allocations take, and what torch.compile changes.
+Parameters, state and the traffic of weights and gradients are exact; activations are counted on the meta device
+(`blt.activations`); sequences, and with them bytes, epochs, time and the traffic of n-gram tables, are estimated. Left
+out of memory: what the device's runtime, its collectives and gaps between allocations take, and what torch.compile
+changes.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from pipelines.train.config import TrainConfig
 from pipelines.train.job import check_init_from, training_flops
 from pipelines.train.machine import Assumptions, Machine, machine_of
 from pipelines.train.order import micro_steps
-from pipelines.train.run_sizes import WORLD_SIZES_UP_TO, MicroBatch, RunSizes, WorldSize
+from pipelines.train.run_sizes import MicroBatch, RunSizes, WorldSize
 from pipelines.train.sequence_estimate import (
     Reading,
     SourceEstimate,
@@ -32,6 +33,7 @@ from pipelines.train.sequence_estimate import (
 class Forecast:
     """What a run would take."""
 
+    config: TrainConfig
     parameters: Mapping[str, int]
     """By part."""
     flops_per_byte: Mapping[str, float]
@@ -40,39 +42,58 @@ class Forecast:
     sources: Mapping[str, SourceEstimate]
     """Of the training split."""
     reading: Reading
-    steps: int
-    num_sequences: int
-    """Of all updates."""
-    step_bytes: int
-    """Document bytes of an update, estimated."""
-    micro_steps: int
-    """Micro-batches of a worker in an update."""
     machine: Machine
     mfu: float
-    seconds: float
-    """Of the updates, without evaluations and checkpoints."""
     usual: MicroBatch
     """Of sequences with patches of the mean size."""
     most: MicroBatch
     """Of sequences with as many bytes and as many patches as there may be: what memory has to do for."""
-    world: WorldSize
-    """As configured."""
-    other_worlds: tuple[WorldSize, ...]
-    """With 1, 2, 4, ... workers, those as configured among them."""
-    smallest_fitting: int | None
-    """Fewest workers on which the run fits, of those looked at."""
+    worlds: tuple[WorldSize, ...]
+    """With 1 worker, 2, 3, ..., those as configured among them."""
     traffic: TrafficLedger
     """Bytes that a worker sends in an update, with usual micro-batches."""
 
     @property
-    def steps_per_epoch(self) -> float:
-        """Updates that read as many sequences as there are, estimated."""
-        return self.steps * sum(source.sequences for source in self.sources.values()) / self.num_sequences
+    def step_bytes(self) -> int:
+        """Document bytes of an update, estimated."""
+        return round(self.config.global_batch * self.reading.sequence_bytes)
 
     @property
     def bytes(self) -> int:
         """Document bytes of the run, estimated."""
-        return self.steps * self.step_bytes
+        return self.config.steps * self.step_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Of the updates, without evaluations and checkpoints, at the assumed MFU; estimated."""
+        speed = self.config.workers * self.machine.flops * self.mfu
+        return self.bytes * sum(self.flops_per_byte.values()) / speed
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Updates that read as many sequences as there are, estimated."""
+        return sum(source.sequences for source in self.sources.values()) / self.config.global_batch
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches of a worker in an update."""
+        return micro_steps(self.config.global_batch, self.config.micro_batch, self.config.workers)
+
+    @property
+    def world(self) -> WorldSize:
+        """As configured."""
+        return self.worlds[self.config.workers - 1]
+
+    @property
+    def shown_worlds(self) -> list[WorldSize]:
+        """With 1, 2, 4, ... workers, as many as configured, and the fewest that an elastic run goes on with."""
+        configured = {self.config.workers, self.config.min_workers or self.config.workers}
+        return [world for world in self.worlds if world.workers in configured or world.workers.bit_count() == 1]
+
+    @property
+    def smallest_fitting(self) -> int | None:
+        """Fewest workers on which the run fits, of those looked at."""
+        return min((world.workers for world in self.worlds if world.fits), default=None)
 
 
 def forecast(
@@ -87,41 +108,21 @@ def forecast(
     check_survival(config)
     if config.init_from is not None:
         check_init_from(config.init_from, model)
-    machine, is_blt = machine_of(assumed, config), isinstance(model, BLTConfig)
-    patches, patch_bytes = config.sequence_patches if is_blt else None, mean_patch_bytes(manifest.split("train"))
+    machine, patch_bytes = machine_of(assumed, config), mean_patch_bytes(manifest.split("train"))
+    patches = config.sequence_patches if isinstance(model, BLTConfig) else None
     sources = estimate_sequences(manifest, "train", patches, config.sequence_bytes)
-    num_sequences = config.steps * config.global_batch
-    reading = estimate_reading(sources, config.sources, num_sequences)
     sizes = RunSizes(config, model, patch_bytes)
-    flops, step_bytes = training_flops(config, model, patch_bytes), round(config.global_batch * reading.sequence_bytes)
-    run_flops = sum(flops.values()) * step_bytes * config.steps
-    worlds = sizes.worlds(machine)
-    fitting = [world.workers for world in worlds if world.fits]
-    shown = _shown_workers(config)
     return Forecast(
+        config=config,
         parameters=parameters_by_part(sizes.model),
-        flops_per_byte=flops,
+        flops_per_byte=training_flops(config, model, patch_bytes),
         mean_patch_bytes=patch_bytes,
         sources=sources,
-        reading=reading,
-        steps=config.steps,
-        num_sequences=num_sequences,
-        step_bytes=step_bytes,
-        micro_steps=micro_steps(config.global_batch, config.micro_batch, config.workers),
+        reading=estimate_reading(sources, config.sources, config.steps * config.global_batch),
         machine=machine,
         mfu=assumed.mfu,
-        seconds=run_flops / (config.workers * machine.flops * assumed.mfu),
         usual=sizes.micro_batch(config.workers, sizes.usual),
         most=sizes.micro_batch(config.workers, sizes.most),
-        world=worlds[config.workers - 1],
-        other_worlds=tuple(world for world in worlds if world.workers in shown),
-        smallest_fitting=min(fitting, default=None),
+        worlds=sizes.worlds(machine),
         traffic=sizes.traffic(),
     )
-
-
-def _shown_workers(config: TrainConfig) -> set[int]:
-    """Powers of two, the workers as configured, and the fewest that an elastic run goes on with."""
-    last = WORLD_SIZES_UP_TO * config.workers
-    powers = {2**power for power in range(last.bit_length()) if 2**power <= last}
-    return powers | {config.workers, config.min_workers or config.workers}

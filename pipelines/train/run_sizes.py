@@ -81,9 +81,10 @@ class RunSizes:
         rows = min(self.config.micro_batch, -(-self.config.global_batch // workers))
         return MicroBatch(rows=rows, shape=shape, activations=self._counted(rows, shape)[0])
 
-    def worlds(self, machine: Machine) -> list[WorldSize]:
+    def worlds(self, machine: Machine) -> tuple[WorldSize, ...]:
         """With 1 worker, 2, 3, ... up to WORLD_SIZES_UP_TO times as many as configured."""
-        return [self._world(workers, machine) for workers in range(1, WORLD_SIZES_UP_TO * self.config.workers + 1)]
+        last = WORLD_SIZES_UP_TO * self.config.workers
+        return tuple(self._world(workers, machine) for workers in range(1, last + 1))
 
     def traffic(self) -> TrafficLedger:
         """With the configured workers."""
