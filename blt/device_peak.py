@@ -1,33 +1,52 @@
-"""The speed that a share of peak is measured against: a device in, its FLOP/s in matrix products out.
+"""What devices can do: the speed that a share of peak is measured against, and how much memory they have.
 
 Published dense figures of known accelerators in bfloat16, as model FLOPs utilisation is given in the field; otherwise
 what square products reach on the device itself, with the threads that this process uses.
 """
 
 import time
+from dataclasses import dataclass
 
 import torch
 
-_PUBLISHED_BFLOAT16 = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-}
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedDevice:
+    """What its data sheet says of an accelerator."""
+
+    name: str
+    bfloat16_flops: float
+    """FLOP/s of dense matrix products."""
+    memory_bytes: float
+    """As printed, in units of 10 ** 9; what a process can use is near it."""
+
+
+PUBLISHED = (
+    PublishedDevice(name="B200", bfloat16_flops=2250e12, memory_bytes=180e9),
+    PublishedDevice(name="H200", bfloat16_flops=989e12, memory_bytes=141e9),
+    PublishedDevice(name="H100 PCIe", bfloat16_flops=756e12, memory_bytes=80e9),
+    PublishedDevice(name="H100", bfloat16_flops=989e12, memory_bytes=80e9),
+    PublishedDevice(name="A100-SXM4-40GB", bfloat16_flops=312e12, memory_bytes=40e9),
+    PublishedDevice(name="A100-PCIE-40GB", bfloat16_flops=312e12, memory_bytes=40e9),
+    PublishedDevice(name="A100", bfloat16_flops=312e12, memory_bytes=80e9),
+    PublishedDevice(name="L40S", bfloat16_flops=362e12, memory_bytes=48e9),
+    PublishedDevice(name="L4", bfloat16_flops=121e12, memory_bytes=24e9),
+    PublishedDevice(name="A10G", bfloat16_flops=70e12, memory_bytes=24e9),
+)
 """By a part of the device's name, the longest names first where one holds another. Source: NVIDIA's data sheets."""
+
+
+def published_device(name: str) -> PublishedDevice | None:
+    """The known accelerator of a name such as H100 or "NVIDIA H100 80GB HBM3"; None for another."""
+    return next((device for device in PUBLISHED if device.name.lower() in name.lower()), None)
 
 
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of matrix products in `dtype`: published where known, measured otherwise."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for part, flops in _PUBLISHED_BFLOAT16.items():
-            if part in name:
-                return flops
+        published = published_device(torch.cuda.get_device_name(device))
+        if published is not None:
+            return published.bfloat16_flops
     return gemm_peak_flops(device, dtype)
 
 

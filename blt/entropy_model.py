@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from blt.attention import documents_from_eos
 from blt.decoding_cache import RowReader
 from blt.errors import ConfigError
-from blt.layers import Block, Memory, RMSNorm, TransformerConfig, context, init_blocks, init_linear
+from blt.layers import Block, Context, Memory, RMSNorm, TransformerConfig, context, init_blocks, init_linear
 from blt.vocabulary import BOS, EOS, VOCABULARY_SIZE, encode
 
 STREAM_BYTES = 8192
@@ -69,12 +69,14 @@ class EntropyModel(nn.Module):
         document_ids_BT: int64, constant and contiguous per document (-1 = padding); a document sees itself only and
         its positions start at 0. None: an EOS closes a document and positions run along the row, as the reference.
         """
-        if document_ids_BT is None:
-            positions = torch.arange(byte_ids_BT.shape[1], device=byte_ids_BT.device).expand_as(byte_ids_BT)
-            shared = context(self.config.transformer, documents_from_eos(byte_ids_BT), positions)
-        else:
-            shared = context(self.config.transformer, document_ids_BT)
-        return self.logits(byte_ids_BT, shared)
+        return self.logits(byte_ids_BT, self.places(byte_ids_BT, document_ids_BT))
+
+    def places(self, byte_ids_BT: Tensor, document_ids_BT: Tensor | None = None) -> Context:
+        """What the bytes of a batch see; arguments as of `forward`."""
+        if document_ids_BT is not None:
+            return context(self.config.transformer, document_ids_BT)
+        positions = torch.arange(byte_ids_BT.shape[1], device=byte_ids_BT.device).expand_as(byte_ids_BT)
+        return context(self.config.transformer, documents_from_eos(byte_ids_BT), positions)
 
     def logits(self, byte_ids_BT: Tensor, memory: Memory) -> Tensor:
         """Logits [B,T,V] of bytes that see what the memory holds."""

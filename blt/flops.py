@@ -67,9 +67,15 @@ class FlopLedger:
 
     @property
     def training(self) -> float:
+        """All parts of a training step."""
+        return float(sum(self.training_by_part.values()))
+
+    @property
+    def training_by_part(self) -> dict[str, float]:
         """Three times the forward pass of the model, whose backward pass costs twice as much; the entropy model once,
         for it is not trained along."""
-        return 3 * (self.forward - self.entropy_model) + self.entropy_model
+        forward = {part.name: float(getattr(self, part.name)) for part in fields(self)}
+        return {name: flops if name == "entropy_model" else 3 * flops for name, flops in forward.items()}
 
 
 def attention_flops(stack: Stack, context: float) -> float:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from blt.errors import ConfigError
 from blt.latent_transformer import LatentTransformer
-from blt.layers import TransformerConfig, context
+from blt.layers import Context, TransformerConfig, context
 from blt.local_decoder import LocalDecoder
 from blt.local_encoder import CrossAttentionConfig, HashEmbeddingConfig, LocalEncoder
-from blt.patch_layout import patch_layout
+from blt.patch_layout import PatchLayout, patch_layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,19 @@ class BLTConfig:
             raise ConfigError("cross_attention.encoder_layers is all, but local_encoder.layers is 0")
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the bytes and patches of a batch stand: all that a forward knows of it besides the ids."""
+
+    layout: PatchLayout
+    over_bytes: Context
+    """Of the encoder."""
+    over_patches: Context
+    over_decoder_bytes: Context
+    isolate: bool
+    """Whether hash windows restart at each document."""
+
+
 class BLT(nn.Module):
     """The model; parameters are float32 until moved or cast."""
 
@@ -79,19 +92,31 @@ class BLT(nn.Module):
         patch. None: exactly the reference, where an EOS closes an attention block and hash windows run on.
         Raises ValueError where shapes, dtypes, sums or openings are wrong.
         """
+        return self.logits(byte_ids_BT, self.places(byte_ids_BT, patch_lengths_BP, document_ids_BT))
+
+    def places(self, byte_ids_BT: Tensor, patch_lengths_BP: Tensor, document_ids_BT: Tensor | None = None) -> Places:
+        """The places of a batch, checked; arguments as of `forward`."""
         layout = patch_layout(byte_ids_BT, patch_lengths_BP, document_ids_BT)
         config = self.config
         over_bytes = context(config.local_encoder, layout.document_ids_BT, layout.positions_BT)
-        over_patches = context(config.latent, layout.patch_document_ids_BP, layout.patch_positions_BP)
         same = config.local_decoder.head_width == config.local_encoder.head_width and (
             config.local_decoder.window,
             config.local_decoder.rope_theta,
         ) == (config.local_encoder.window, config.local_encoder.rope_theta)
-        over_decoder_bytes = (
-            over_bytes if same else context(config.local_decoder, layout.document_ids_BT, layout.positions_BT)
+        return Places(
+            layout=layout,
+            over_bytes=over_bytes,
+            over_patches=context(config.latent, layout.patch_document_ids_BP, layout.patch_positions_BP),
+            over_decoder_bytes=over_bytes
+            if same
+            else context(config.local_decoder, layout.document_ids_BT, layout.positions_BT),
+            isolate=document_ids_BT is not None,
         )
-        isolate = document_ids_BT is not None
-        states_BTD, slots_BPkD = self.local_encoder(byte_ids_BT, layout, over_bytes, isolate)
-        patches_BPG = self.latent(slots_BPkD.flatten(-2), over_patches)
-        logits: Tensor = self.local_decoder(states_BTD, patches_BPG, layout, over_decoder_bytes)
+
+    def logits(self, byte_ids_BT: Tensor, places: Places) -> Tensor:
+        """Logits [B,T,V] of bytes at these places."""
+        layout = places.layout
+        states_BTD, slots_BPkD = self.local_encoder(byte_ids_BT, layout, places.over_bytes, places.isolate)
+        patches_BPG = self.latent(slots_BPkD.flatten(-2), places.over_patches)
+        logits: Tensor = self.local_decoder(states_BTD, patches_BPG, layout, places.over_decoder_bytes)
         return logits

@@ -13,7 +13,7 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -99,7 +99,7 @@ def _split(given: Sequence[str]) -> tuple[str, Sequence[str]]:
 def _run(name: str, arguments: Sequence[str]) -> int:
     module = importlib.import_module(COMMANDS[name].module)
     actions: Mapping[str, Action] = getattr(module, "ACTIONS", {})
-    own_options = _own_options(module)
+    own_options = _own_options(module) | _named(key for action in actions.values() for key in action.options)
     flags = {option for option, key in own_options.items() if field_types(module.Config).get(key) is bool}
     options = _parser(name, actions, own_options, flags).parse_intermixed_args(arguments)
     packaged = PACKAGED_CONFIGS / f"{name}.yaml"
@@ -107,18 +107,34 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     if options.help:
         print(command_help(name, module, file, actions, own_options, flags))
         return 0
+    action = actions[options.action] if options.action else None
     given = {key: getattr(options, f"option.{key}") for key in own_options.values()}
+    _check_action_options(actions, action, {key for key, value in given.items() if value is not None})
     settings, places = _with_places(options.settings, getattr(module, "POSITIONAL", ()))
     settings += [f"{key}={value}" for key, value in given.items() if value is not None]
     with log_to(options.log_file, verbose=options.verbose):
-        run: Callable[[object], JobResult] = actions[options.action].run if options.action else module.run
-        return _outcome(f"blt {name}", lambda: run(load_config(module.Config, file, settings, places)))
+        run: Callable[[object], JobResult] = action.run if action else module.run
+        config = (action.config if action else None) or module.Config
+        return _outcome(f"blt {name}", lambda: run(load_config(config, file, settings, places)))
 
 
-def _own_options(module: ModuleType) -> Mapping[str, str]:
+def _own_options(module: ModuleType) -> dict[str, str]:
     """The module's OPTIONS by name without dashes: key of each. OPTIONS is such a mapping, or the keys alone."""
     given: Mapping[str, str] | Sequence[str] = getattr(module, "OPTIONS", ())
-    return given if isinstance(given, Mapping) else {key.replace("_", "-"): key for key in given}
+    return dict(given) if isinstance(given, Mapping) else _named(given)
+
+
+def _named(keys: Iterable[str]) -> dict[str, str]:
+    """Keys by the name of their option."""
+    return {key.replace("_", "-"): key for key in keys}
+
+
+def _check_action_options(actions: Mapping[str, Action], chosen: Action | None, given: Collection[str]) -> None:
+    """ConfigError for an option of an action that is not the chosen one."""
+    for name, action in actions.items():
+        for option, key in _named(action.options).items():
+            if key in given and key not in (chosen.options if chosen else ()):
+                raise ConfigError(f"command line: --{option} goes with --{name}")
 
 
 def _with_places(arguments: Sequence[str], keys: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -3,7 +3,7 @@
 import inspect
 import shutil
 import textwrap
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -50,11 +50,13 @@ def command_help(
 ) -> str:
     """The text of `blt COMMAND --help`: what it does and every setting, with its default from `file` or the code."""
     shown = {f"--{action}": actions[action].summary for action in actions}
+    of_actions = {key: f" with --{name}" for name, action in actions.items() for key in action.options}
     for option, key in options.items():
         value = "" if option in flags else " VALUE"
-        shown[f"--{option}{value}"] = f"the same as {key}={value.strip() or 'true'}"
+        shown[f"--{option}{value}"] = f"the same as {key}={value.strip() or 'true'}{of_actions.get(key, '')}"
     places = "".join(f" {key.upper()}" for key in getattr(module, "POSITIONAL", ()))
-    settings = describe(module.Config, None if file is None else read_config_file(file))
+    values = None if file is None else read_config_file(file)
+    settings = describe(module.Config, values)
     source = "" if file is None else f", with the defaults of {file}"
     lines = [
         f"usage: blt {name}{places} [--config FILE] [KEY=VALUE ...]",
@@ -65,14 +67,25 @@ def command_help(
         *_columns(shown | _OPTIONS),
         "",
         f"settings{source}:",
+        *_settings(settings),
     ]
+    known = {setting.key for setting in settings}
+    for action, of_action in actions.items():
+        if of_action.config is not None:
+            further = [setting for setting in describe(of_action.config, values) if setting.key not in known]
+            lines += ["", f"settings of --{action}:", *_settings(further)]
+    return "\n".join(lines)
+
+
+def _settings(settings: Sequence[Setting]) -> list[str]:
+    lines: list[str] = []
     depth = 0
     # What must be given stands first: keys without a default that are in no section.
     for setting in sorted(settings, key=lambda s: s.default != "required" or "." in s.key or s.type == "section"):
         before, depth = depth, setting.key.count(".")
         lines += [""] if depth < before and setting.type != "section" else []
         lines += _setting(setting)
-    return "\n".join(lines)
+    return lines
 
 
 def _setting(setting: Setting) -> list[str]:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 from blt.entropy_model import EntropyModelConfig
 from blt.model import BLTConfig
+from jobs.action import Action
+from jobs.forecast_result import OPTIONS, SUMMARY, forecast_result
 from jobs.progress import progress
 from jobs.ray_session import ray_session
 from jobs.record import JobResult, run_once
 from pipelines.manifest import read_manifest
 from pipelines.train.config import TrainConfig
 from pipelines.train.job import RESOURCES, TrainJob, check_entropy_model, check_init_from
+from pipelines.train.machine import Assumptions
 from pipelines.train.trainer import TrainResult, resolve_job, train
 
 NOT_IN_OUTPUT = ("output", "data", "documents", "entropy_model", "init_from", *RESOURCES)
@@ -39,6 +42,11 @@ class Config(Settings):
     """Directory of the run."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DryRunConfig(Config, Assumptions):
+    """Keys of `blt train --dry-run`."""
+
+
 def run(config: Config) -> JobResult:
     """Train into `config.output` unless that is done."""
     manifest = read_manifest(config.data)
@@ -51,6 +59,14 @@ def run(config: Config) -> JobResult:
 
     inputs = f"data={manifest.fingerprint}" + init_of(config.init_from, config.model)
     return run_once(config.output, config, inputs, work, ignore=NOT_IN_OUTPUT)
+
+
+def dry_run(config: DryRunConfig) -> JobResult:
+    """What `run` would take; nothing is written."""
+    return forecast_result(config, config, config.model, config.data, config.output, config.entropy_model)
+
+
+ACTIONS = {"dry-run": Action(dry_run, SUMMARY, config=DryRunConfig, options=OPTIONS)}
 
 
 def init_of(init_from: str | None, model: BLTConfig | EntropyModelConfig) -> str:

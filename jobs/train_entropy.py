@@ -6,11 +6,14 @@ Writes OUTPUT/model (which calibrate and patch read), metrics.jsonl, tensorboard
 from dataclasses import dataclass
 
 from blt.entropy_model import EntropyModelConfig
+from jobs.action import Action
+from jobs.forecast_result import OPTIONS, SUMMARY, forecast_result
 from jobs.ray_session import ray_session
 from jobs.record import JobResult, run_once
 from jobs.train import NOT_IN_OUTPUT, follow, init_of
 from pipelines.manifest import read_manifest
 from pipelines.train.config import TrainConfig
+from pipelines.train.machine import Assumptions
 from pipelines.train.trainer import resolve_job
 
 
@@ -32,6 +35,11 @@ class Config(Settings):
     """Directory of the run."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DryRunConfig(Config, Assumptions):
+    """Keys of `blt train-entropy --dry-run`."""
+
+
 def run(config: Config) -> JobResult:
     """Train into `config.output` unless that is done."""
     manifest = read_manifest(config.documents)
@@ -42,3 +50,11 @@ def run(config: Config) -> JobResult:
 
     inputs = f"documents={manifest.fingerprint}" + init_of(config.init_from, config.model)
     return run_once(config.output, config, inputs, work, ignore=NOT_IN_OUTPUT)
+
+
+def dry_run(config: DryRunConfig) -> JobResult:
+    """What `run` would take; nothing is written."""
+    return forecast_result(config, config, config.model, config.documents, config.output)
+
+
+ACTIONS = {"dry-run": Action(dry_run, SUMMARY, config=DryRunConfig, options=OPTIONS)}

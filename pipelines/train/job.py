@@ -92,11 +92,7 @@ class TrainJob:
     @property
     def flops_per_byte(self) -> float:
         """Of a training step; patches are there already, so the entropy model that made them does not count."""
-        sequence_bytes = float(self.config.sequence_bytes)
-        if isinstance(self.model, EntropyModelConfig):
-            return 3 * entropy_flops_per_byte(self.model, sequence_bytes)
-        context = min(sequence_bytes, self.config.sequence_patches * self.mean_patch_bytes)
-        return flops_per_byte(self.model, self.mean_patch_bytes, context).training
+        return sum(training_flops(self.config, self.model, self.mean_patch_bytes).values())
 
     def build(self) -> Model:
         """The model with fresh weights."""
@@ -136,6 +132,19 @@ class TrainJob:
             ),
             directory,
         )
+
+
+def training_flops(
+    config: TrainConfig, model: BLTConfig | EntropyModelConfig, mean_patch_bytes: float
+) -> dict[str, float]:
+    """FLOPs per byte of a training step by part, as `blt.flops` counts; patches are there already, so the entropy model
+    that made them is no part."""
+    sequence_bytes = float(config.sequence_bytes)
+    if isinstance(model, EntropyModelConfig):
+        return {"transformer": 3 * entropy_flops_per_byte(model, sequence_bytes)}
+    context = min(sequence_bytes, config.sequence_patches * mean_patch_bytes)
+    parts = flops_per_byte(model, mean_patch_bytes, context).training_by_part
+    return {name: flops for name, flops in parts.items() if name != "entropy_model"}
 
 
 def check_init_from(directory: str, model: BLTConfig | EntropyModelConfig) -> str:

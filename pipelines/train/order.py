@@ -8,7 +8,7 @@ number of workers and timing have no say, and resuming needs the step alone.
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
@@ -76,8 +76,7 @@ class MixedOrder:
         for number, source in enumerate(sources):
             if sequences[number]:
                 row_groups.setdefault(source, []).append(number)
-        if unknown := sorted(set(weights or {}) - set(row_groups)):
-            raise ConfigError(f"sources: there is no source {unknown[0]!r} (there are {', '.join(sorted(row_groups))})")
+        check_sources(weights, row_groups)
         names = sorted(row_groups if weights is None else weights)
         self._row_groups = [row_groups[name] for name in names]
         counts = [tuple(sequences[number] for number in groups) for groups in self._row_groups]
@@ -97,6 +96,13 @@ class MixedOrder:
     @property
     def num_sources(self) -> int:
         return len(self._orders)
+
+
+def check_sources(weights: Mapping[str, float] | None, there: Iterable[str]) -> None:
+    """ConfigError for a weight of a source that is not there."""
+    names = sorted(there)
+    if unknown := sorted(set(weights or {}) - set(names)):
+        raise ConfigError(f"sources: there is no source {unknown[0]!r} (there are {', '.join(names)})")
 
 
 def sequence_id(position: int, place: Place) -> int:

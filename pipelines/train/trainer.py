@@ -6,7 +6,6 @@ The run's name derives from what decides its weights, so a trainer started again
 on from its newest checkpoint, with as many workers as there are now.
 """
 
-import importlib.util
 import logging
 import os
 import tempfile
@@ -22,21 +21,22 @@ from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from blt.entropy_model import EntropyModelConfig
-from blt.errors import ConfigError, DataError, TrainingError
+from blt.errors import ConfigError, TrainingError
 from blt.model import BLTConfig
 from pipelines.environment import environment_defaults
-from pipelines.manifest import SPLITS, Manifest, read_manifest
 from pipelines.model_files import store_model
 from pipelines.storage import Storage
 from pipelines.train.account import Account
 from pipelines.train.checkpoints import CHECKPOINTS_NAME, Checkpoints
+from pipelines.train.checks import check_data, check_survival
 from pipelines.train.config import TrainConfig
 from pipelines.train.elastic import ElasticCallback, too_many_failures
 from pipelines.train.index import build_index
-from pipelines.train.job import TrainJob, check_entropy_model, check_init_from
+from pipelines.train.job import TrainJob, check_init_from
 from pipelines.train.metrics import Record, read_metrics
 from pipelines.train.recorder import RecorderConfig, RecorderHandle, start_recorder
 from pipelines.train.replicated import replicated_backend
+from pipelines.train.sequence_estimate import mean_patch_bytes
 from pipelines.train.survival import Cluster
 from pipelines.train.timeline import Event
 from pipelines.train.worker import train_worker
@@ -75,15 +75,7 @@ def resolve_job(
     config: TrainConfig, model: BLTConfig | EntropyModelConfig, data: str, output: str, entropy_model: str | None = None
 ) -> TrainJob:
     """Check a run against its data and index the data. ConfigError or DataError where they do not fit."""
-    manifest, is_blt = read_manifest(data), isinstance(model, BLTConfig)
-    wanted = "patches" if is_blt else "documents"
-    if manifest.kind != wanted:
-        raise DataError(f"{data} holds {manifest.kind}, but this training needs {wanted}")
-    for split in SPLITS:
-        if not sum(shard.bytes for shard in manifest.split(split)):
-            raise DataError(f"{data}: the {split} split holds no bytes")
-    if is_blt:
-        check_entropy_model(manifest, data, entropy_model)
+    manifest, is_blt = check_data(config, model, data, entropy_model), isinstance(model, BLTConfig)
     patches = config.sequence_patches if is_blt else None
     return TrainJob(
         kind="blt" if is_blt else "entropy_model",
@@ -93,23 +85,16 @@ def resolve_job(
         train_index=build_index(data, "train", patches, config.sequence_bytes),
         valid_index=build_index(data, "valid", patches, config.sequence_bytes),
         output=Storage(output).root_uri,
-        mean_patch_bytes=_mean_patch_bytes(manifest),
+        mean_patch_bytes=mean_patch_bytes(manifest.split("train")),
         patching=manifest.patching,
         entropy_model=None if entropy_model is None else Storage(entropy_model).root_uri,
         init_fingerprint=None if config.init_from is None else check_init_from(config.init_from, model),
     )
 
 
-def _mean_patch_bytes(manifest: Manifest) -> float:
-    shards = manifest.split("train")
-    patches = sum(shard.patches or 0 for shard in shards)
-    return sum(shard.bytes for shard in shards) / patches if patches else 1.0
-
-
 def train(job: TrainJob, on_step: Callable[[Record], None] = lambda record: None) -> TrainResult:
     """Run a job to its end, or on from where it stood; `on_step` gets each metrics record as it is written."""
-    if job.config.survival == "replicated" and importlib.util.find_spec("torchft") is None:
-        raise ConfigError('survival=replicated needs torchft: pip install "blt-ray[replicated]"')
+    check_survival(job.config)
     checkpoints = Checkpoints(job.output, job.run, job.config.keep_checkpoints)
     _check_output(job)
     if not job.config.wait_for_resources:

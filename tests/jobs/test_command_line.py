@@ -145,6 +145,29 @@ def test_action_runs_instead_of_the_work(command: Callable[..., None], capsys: p
     assert "--text VALUE" in shown
 
 
+def test_an_action_may_have_keys_of_its_own(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Counting(Config):
+        per_line: int = 1
+        """Letters of a line."""
+
+    def count(config: Counting) -> JobResult:
+        return JobResult(figures={"lines": len(config.text) // config.per_line})
+
+    action = Action(count, "count lines", config=Counting, options=("per_line",))
+    command(lambda config: JobResult(), ACTIONS={"count": action})
+    assert main(["say", "--count", "--per-line", "2", "text=four"]) == 0
+    assert last_line(capsys)[0]["lines"] == 2
+    assert main(["say", "--per-line", "2"]) == 2
+    assert last_line(capsys)[0]["error"] == "command line: --per-line goes with --count"
+    assert main(["say", "per_line=2"]) == 2
+    assert 'key "per_line" is not known' in str(last_line(capsys)[0]["error"])
+    assert main(["say", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "the same as per_line=VALUE with --count" in shown
+    assert "settings of --count:\n  per_line = 1  [integer]\n      Letters of a line." in shown
+
+
 def test_places_named_options_and_flags(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     @dataclass(frozen=True, kw_only=True)
     class Parcel:

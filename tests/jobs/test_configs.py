@@ -17,6 +17,7 @@ from transformers import BltConfig, BltForCausalLM
 from blt.entropy_model import EntropyModel
 from blt.flops import Stack, blt_flops_per_byte, entropy_flops_per_byte, flops_per_byte
 from blt.layers import TransformerConfig
+from blt.memory_ledger import parameters_by_part
 from blt.model import BLT, BLTConfig
 from jobs import train, train_entropy
 from jobs.command_line import COMMANDS
@@ -181,6 +182,8 @@ def test_parameter_counts(
     model = blt_without_storage(config)
     counted = count(model)
     rest = counted - count(model.local_encoder.hash_embedding)
+    parts = parameters_by_part(model)
+    assert (sum(parts.values()), sum(parts.values()) - parts["hash_tables"]) == (total, without_tables)
     equations = sum(equations_block_count(s) for s in (config.local_encoder, config.latent, config.local_decoder))
     assert (counted, rest, equations) == (total, without_tables, blocks)
     named = {"blt_400m": 4e8, "blt_1b": 1e9, "blt_8b": 8e9}[name]
