@@ -114,8 +114,19 @@ def _on_meta(value: Any, moved: dict[int, Tensor]) -> Any:
         return value
     inner = {field.name: _on_meta(getattr(value, field.name), moved) for field in dataclasses.fields(value)}
     if isinstance(value, CausalSpans):
-        inner["blocks"] = _largest_blocks(value)
+        return _SpansOnMeta(**inner, largest=_largest_blocks(value))
     return dataclasses.replace(value, **inner)
+
+
+@dataclass(frozen=True)
+class _SpansOnMeta(CausalSpans):
+    """Spans without values, whose blocks were worked out before."""
+
+    largest: tuple[tuple[QueryBlock, ...], ...] = ()
+
+    @property
+    def blocks(self) -> tuple[tuple[QueryBlock, ...], ...]:
+        return self.largest
 
 
 def _largest_blocks(spans: CausalSpans) -> tuple[tuple[QueryBlock, ...], ...]:
