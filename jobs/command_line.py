@@ -60,6 +60,9 @@ COMMANDS: dict[str, Command] = {
     "bench goodput": Command(
         "jobs.bench_goodput", "measure what deaths of training workers cost; a JSON line per mode"
     ),
+    "bench entropy": Command("jobs.bench.entropy", "measure the entropy pass; a line of JSON"),
+    "bench train": Command("jobs.bench.train", "measure forward and backward passes of a BLT; a line of JSON"),
+    "bench generate": Command("jobs.bench.generate", "measure generation after a prompt; a line of JSON"),
     "report": Command("jobs.report", "one self-contained HTML page about a run"),
 }
 

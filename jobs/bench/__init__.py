@@ -1,0 +1,1 @@
+"""Measurements: `blt bench WHAT`, one line of JSON each."""

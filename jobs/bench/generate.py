@@ -1,0 +1,215 @@
+"""Measure generation: prefill and the bytes after it, at several lengths of context and for several prompts at once.
+
+The last line of standard output holds the figures. With `--against transformers` its correct route takes turns: the
+whole text through entropy model and BLT for every byte, since its cached route gives other bytes.
+"""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from blt.checkpoint import LanguageModel
+from blt.entropy_model import EntropyModelConfig, document_entropies
+from blt.errors import ConfigError
+from blt.generation import Decoder
+from blt.model import BLTConfig
+from blt.patching import PatchRule, patch_lengths
+from blt.vocabulary import BOS, BYTE_OFFSET, encode
+from jobs.bench.subject import MEAN_PATCH_BYTES, drawn, small_blt, small_entropy_model, transformers_model
+from jobs.bench.turns import summary
+from jobs.bench_circumstances import BenchResult, circumstances
+from jobs.bench_corpus import prose
+
+OPTIONS = ("against",)
+
+TIE = 1e-4
+"""Two best logits nearer than this may change places by rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Keys of `blt bench generate`."""
+
+    model: BLTConfig = field(default_factory=small_blt)
+    """Shape of the BLT; its weights are drawn."""
+    entropy_model: EntropyModelConfig = field(default_factory=small_entropy_model)
+    """Shape of the entropy model; its weights are drawn, and its threshold is one that gives patches of 4 bytes."""
+    contexts: tuple[int, ...] = (64, 1024, 8192)
+    """Lengths of the prompts, bytes."""
+    new_bytes: int = 256
+    """Bytes generated after each."""
+    batch: int = 16
+    """Prompts at once, of unequal length around the first of `contexts`."""
+    threads: int = 2
+    """Compute threads."""
+    repeats: int = 3
+    """Measured runs of each."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    against: Literal["transformers"] | None = None
+    """Peer that takes turns."""
+    against_new_bytes: int = 16
+    """Bytes that the peer generates."""
+    against_context: int = 1024
+    """Longest prompt that the peer is given."""
+    seed: int = 0
+    """Of weights and text."""
+
+    def __post_init__(self) -> None:
+        if not self.contexts or min(self.contexts) < 1:
+            raise ConfigError(f"contexts must name one length of at least 1 or more, got {self.contexts}")
+        for name in ("batch", "threads", "repeats", "against_new_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.new_bytes < 2:  # the first byte comes from the prefill
+            raise ConfigError(f"new_bytes must be at least 2, got {self.new_bytes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a run gave."""
+
+    prefill_seconds: float
+    seconds: float
+    """After the prefill."""
+    ids: list[list[int]]
+    """Of the bytes that were generated, for each prompt."""
+    margins: list[list[float]]
+    """Between the two best logits of each."""
+
+
+def run(config: Config) -> BenchResult:
+    """Measure every context, then the batch."""
+    torch.set_num_threads(config.threads)
+    lm = _language_model(config)
+    peer = None if config.against is None else transformers_model(lm)
+    contexts = {str(length): _context(config, lm, peer, length) for length in config.contexts}
+    rates = {length: figures["bytes_per_second"]["median"] for length, figures in contexts.items()}
+    first, last = str(min(config.contexts)), str(max(config.contexts))
+    figures: dict[str, Any] = {
+        "contexts": contexts,
+        "cost_of_a_byte_longest_to_shortest": round(rates[first] / rates[last], 3),
+        "batch": _batch(config, lm, rates[str(config.contexts[0])]),
+    }
+    return BenchResult(figures=circumstances(config, config.device) | figures)
+
+
+def _language_model(config: Config) -> LanguageModel:
+    """Drawn weights, and the threshold that a quarter of a text's entropies exceed."""
+    lm = drawn(config.model, config.entropy_model, PatchRule(), config.seed)
+    assert lm.entropy_model is not None
+    entropies = document_entropies(lm.entropy_model, prose(config.seed + 1, 1, 4096))[0]
+    threshold = float(entropies.quantile(1 - 1 / MEAN_PATCH_BYTES))
+    chosen = drawn(config.model, config.entropy_model, PatchRule(threshold=threshold), config.seed)
+    assert chosen.entropy_model is not None
+    chosen.model.to(config.device)
+    chosen.entropy_model.to(config.device)
+    return chosen
+
+
+def _context(config: Config, lm: LanguageModel, peer: Any, length: int) -> dict[str, Any]:
+    (prompt,) = prose(config.seed, 1, length)
+    write(lm, [prompt], 2)
+    runs, theirs, forwards = [], [], []
+    compared = peer is not None and length <= config.against_context
+    for _ in range(config.repeats):
+        runs.append(write(lm, [prompt], config.new_bytes))
+        forwards.append(_forward_seconds(lm, prompt))
+        if compared:
+            theirs.append(_peer_bytes_per_second(peer, prompt, config.against_new_bytes))
+    rates = [(config.new_bytes - 1) / run.seconds for run in runs]  # the first byte comes from the prefill
+    figures: dict[str, Any] = {
+        "bytes_per_second": summary(rates, 1),
+        "prefill_bytes_per_second": summary([length / run.prefill_seconds for run in runs], 1),
+        "prefill_to_forward": summary([f / r.prefill_seconds for f, r in zip(forwards, runs, strict=True)]),
+    }
+    if compared:
+        figures[str(config.against)] = {"bytes_per_second": summary(theirs, 2)}
+        figures["ratio"] = summary([ours / other for ours, other in zip(rates, theirs, strict=True)], 1)
+    return figures
+
+
+def _batch(config: Config, lm: LanguageModel, single_rate: float) -> dict[str, Any]:
+    """Several prompts at once beside each by itself: speed, and the first byte that differs."""
+    source, around = random.Random(config.seed), config.contexts[0]
+    prompts = [text[: source.randint(max(around // 2, 1), around)] for text in prose(config.seed, config.batch, around)]
+    runs = [write(lm, prompts, config.new_bytes) for _ in range(config.repeats)]
+    alone = [write(lm, [prompt], config.new_bytes) for prompt in prompts]
+    agreeing = [_agreement(run.ids[0], found, margins) for run, found, margins in _pairs(alone, runs[0])]
+    rates = [config.batch * (config.new_bytes - 1) / run.seconds for run in runs]
+    return {
+        "prompts": config.batch,
+        "bytes_per_second": summary(rates, 1),
+        "ratio_to_one_prompt": summary([rate / single_rate for rate in rates]),
+        "equal_to_single_runs": all(same for same, _ in agreeing),
+        "prompts_that_part_at_a_tie": sum(tie for _, tie in agreeing),
+    }
+
+
+def _pairs(alone: Sequence[Written], together: Written) -> list[tuple[Written, list[int], list[float]]]:
+    return [(run, together.ids[i], run.margins[0]) for i, run in enumerate(alone)]
+
+
+def _agreement(expected: list[int], found: list[int], margins: list[float]) -> tuple[bool, bool]:
+    """Whether two continuations agree, up to the first byte whose two best logits tie; and whether they part there."""
+    for one, other, margin in zip(expected, found, margins, strict=True):
+        if one != other:
+            return margin <= TIE, margin <= TIE
+    return True, False
+
+
+@torch.inference_mode()
+def write(lm: LanguageModel, prompts: Sequence[bytes], new_bytes: int) -> Written:
+    """Greedy continuations of exactly `new_bytes` bytes each: EOS and other special ids are never chosen."""
+    began = time.perf_counter()
+    decoder = Decoder(lm, len(prompts))
+    ids, margins = _best(decoder.open(prompts))
+    prefilled = time.perf_counter()
+    found, gaps = [ids], [margins]
+    for _ in range(new_bytes - 1):
+        ids, margins = _best(decoder.step(ids))
+        found.append(ids)
+        gaps.append(margins)
+    return Written(
+        prefill_seconds=prefilled - began,
+        seconds=time.perf_counter() - prefilled,
+        ids=[list(row) for row in zip(*found, strict=True)],
+        margins=[list(row) for row in zip(*gaps, strict=True)],
+    )
+
+
+def _best(logits_BV: Tensor) -> tuple[list[int], list[float]]:
+    values, places = logits_BV[:, BYTE_OFFSET:].topk(2)
+    return (places[:, 0] + BYTE_OFFSET).tolist(), (values[:, 0] - values[:, 1]).tolist()
+
+
+@torch.inference_mode()
+def _forward_seconds(lm: LanguageModel, prompt: bytes) -> float:
+    """Entropies, patches and logits of a whole text, as an evaluation computes them."""
+    assert lm.entropy_model is not None
+    began = time.perf_counter()
+    entropies = document_entropies(lm.entropy_model, [prompt])[0]
+    ids = torch.cat((torch.tensor([BOS]), encode(prompt)))
+    lengths = patch_lengths(ids, entropies.cpu(), lm.patch_rule, include_next=True)
+    device = next(lm.model.parameters()).device
+    document = torch.zeros_like(ids)[None].to(device)
+    lm.model(ids[None].to(device), lengths[None].to(device), document)
+    return time.perf_counter() - began
+
+
+@torch.inference_mode()
+def _peer_bytes_per_second(peer: Any, prompt: bytes, new_bytes: int) -> float:
+    """Of its whole forward pass for every byte; the first one is not counted, as for ours."""
+    ids = torch.cat((torch.tensor([BOS]), encode(prompt)))[None]
+    seconds = 0.0
+    for number in range(new_bytes + 1):
+        began = time.perf_counter()
+        logits = peer(input_ids=ids, use_cache=False).logits[:, -1]
+        seconds += time.perf_counter() - began if number else 0.0
+        ids = torch.cat((ids, torch.tensor([_best(logits)[0]])), 1)
+    return new_bytes / seconds
