@@ -4,6 +4,7 @@ Published dense figures of known accelerators in bfloat16, as model FLOPs utilis
 what square products reach on the device itself, with the threads that this process uses.
 """
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -33,12 +34,12 @@ PUBLISHED = (
     PublishedDevice(name="L4", bfloat16_flops=121e12, memory_bytes=24e9),
     PublishedDevice(name="A10G", bfloat16_flops=70e12, memory_bytes=24e9),
 )
-"""By a part of the device's name, the longest names first where one holds another. Source: NVIDIA's data sheets."""
+"""By words of the device's name, the longest names first where one holds another (an L40 is no L4). Source: NVIDIA's data sheets."""
 
 
 def published_device(name: str) -> PublishedDevice | None:
     """The known accelerator of a name such as H100 or "NVIDIA H100 80GB HBM3"; None for another."""
-    return next((device for device in PUBLISHED if device.name.lower() in name.lower()), None)
+    return next((device for device in PUBLISHED if re.search(rf"\b{device.name}\b", name, re.IGNORECASE)), None)
 
 
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
