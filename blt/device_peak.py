@@ -34,7 +34,8 @@ PUBLISHED = (
     PublishedDevice(name="L4", bfloat16_flops=121e12, memory_bytes=24e9),
     PublishedDevice(name="A10G", bfloat16_flops=70e12, memory_bytes=24e9),
 )
-"""By words of the device's name, the longest names first where one holds another (an L40 is no L4). Source: NVIDIA's data sheets."""
+"""By words of the device's name (an L40 is no L4), the longest names first where one holds another. Source: NVIDIA's
+data sheets."""
 
 
 def published_device(name: str) -> PublishedDevice | None:

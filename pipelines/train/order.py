@@ -10,7 +10,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
@@ -112,10 +111,11 @@ def sequence_id(position: int, place: Place) -> int:
 
 
 def _integer_weights(weights: Sequence[float]) -> list[int]:
-    """Whole numbers in the same proportions, to a millionth."""
-    fractions = [Fraction(weight).limit_denominator(10**6) for weight in weights]
-    common = math.lcm(*(fraction.denominator for fraction in fractions))
-    return [max(int(fraction * common), 1) for fraction in fractions]
+    """Whole numbers in the same proportions, to a thousand-millionth of their sum; whole numbers as they are."""
+    if all(isinstance(weight, int) for weight in weights):
+        return [int(weight) for weight in weights]
+    total = math.fsum(weights)
+    return [max(round(10**9 * (weight / total)), 1) for weight in weights]
 
 
 def _name_seed(name: str) -> tuple[int, ...]:

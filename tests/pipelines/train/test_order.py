@@ -1,6 +1,7 @@
 """The training order: a permutation in every epoch, the same whoever computes it."""
 
 import math
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -90,6 +91,15 @@ def mixed(weights: dict[str, float] | None) -> MixedOrder:
 def test_sources_without_weights_come_in_proportion_to_their_size() -> None:
     found = [mixed(None).place(position) for position in range(48)]
     assert sorted(found) == [Place(g, n) for g, count in ((0, 3), (1, 40), (2, 5)) for n in range(count)]
+
+
+@pytest.mark.parametrize("scale", [1e-9, 0.1, 1.0, 1e12])
+def test_weights_count_in_proportion_alone(scale: float) -> None:
+    weights = {"large": 3 * scale, "rare": 1e-3 * scale, "small": 1 * scale}
+    order = MixedOrder([5, 7, 9], ["large", "small", "rare"], seed=0, window=2, weights=weights)
+    found = Counter(order.place(position).row_group for position in range(40_010))
+    assert abs(found[2] - 10) <= 3
+    assert abs(found[0] - 3 * found[1]) <= 9
 
 
 def test_each_source_is_a_permutation_in_every_epoch_of_its_own() -> None:
