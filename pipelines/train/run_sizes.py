@@ -108,8 +108,8 @@ class RunSizes:
             ranks=workers,
             spread=config.survival,
             gathered=self.gathered,
-            activations=activations.peak,
-            lookups=lookups * (workers if config.survival == "sharded" else 1),
+            activations=activations,
+            lookups=lookups,
             accumulates=micro_steps(config.global_batch, config.micro_batch, workers) > 1,
         )
         fits = None if machine.memory_bytes is None else memory.total <= machine.memory_bytes
