@@ -14,10 +14,10 @@ from typing import Any
 
 from blt.errors import ConfigError
 from blt.patching import PatchRule
-from jobs.bench_actors import BareRun, PoolRun, run_bare, run_pool
-from jobs.bench_circumstances import BenchResult, circumstances, working_directory
-from jobs.bench_corpus import repeated, sample_texts, write_corpus
-from jobs.bench_files import parquet_bytes_per_cpu_second, reader_bytes_per_cpu_second, stored_bytes
+from jobs.bench.actors import BareRun, PoolRun, run_bare, run_pool
+from jobs.bench.circumstances import BenchResult, circumstances, working_directory
+from jobs.bench.corpus import repeated, sample_texts, write_corpus
+from jobs.bench.files import parquet_bytes_per_cpu_second, reader_bytes_per_cpu_second, stored_bytes
 from jobs.ray_session import ray_session
 from pipelines.patch.dataset import patch_dataset
 from pipelines.patch.plan import PatchConfig
