@@ -220,6 +220,7 @@ def test_options_of_the_forecast_are_none_of_a_run(command: list[str], capsys: p
     assert "--mfu VALUE" in shown
     assert "the same as mfu=VALUE with --dry-run" in shown
     assert "settings of --dry-run:\n  device = null" in shown
+    assert max(map(len, shown.splitlines())) <= 100
 
 
 def test_names_of_published_devices_are_found_before_parts_of_them() -> None:
