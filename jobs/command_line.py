@@ -57,6 +57,7 @@ COMMANDS: dict[str, Command] = {
     "import": Command("jobs.import_weights", "published weights, of the reference or transformers, as a model of ours"),
     "export": Command("jobs.export_weights", "a model as a directory that transformers loads, with a model card"),
     "bench patch": Command("jobs.bench.patch", "measure patching, its files and their reader; one line of JSON"),
+    "bench feed": Command("jobs.bench.feed", "measure the feed of training, its parts and a resume; one line of JSON"),
     "bench goodput": Command(
         "jobs.bench.goodput", "measure what deaths of training workers cost; a JSON line per mode"
     ),

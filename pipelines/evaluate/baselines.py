@@ -11,7 +11,6 @@ from typing import Protocol
 
 import numpy as np
 
-from blt.vocabulary import BYTE_OFFSET
 from pipelines.storage import Storage
 from pipelines.train.row_group import num_row_groups, read_row_group
 
@@ -58,6 +57,5 @@ def stream_sizes(data: str, paths: Sequence[str]) -> dict[str, float]:
     storage, sizes = Storage(data), StreamSizes()
     for path in paths:
         for number in range(num_row_groups(storage, path)):
-            ids = read_row_group(storage, path, number).ids_N
-            sizes.add((ids[ids >= BYTE_OFFSET] - BYTE_OFFSET).astype(np.uint8).tobytes())
+            sizes.add(read_row_group(storage, path, number).text.tobytes())
     return sizes.finish()

@@ -4,8 +4,8 @@ A document is read in windows of at most S patches and T bytes; a window that do
 context that an earlier window scored. Every byte and EOS is scored once. Shapes: D documents, B rows, T bytes.
 """
 
-import itertools
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +13,8 @@ import torch
 
 from blt.loss import NO_TARGET, row_cross_entropy
 from blt.model import BLT
-from blt.vocabulary import BYTE_OFFSET
 from pipelines.train.batch import make_batch
-from pipelines.train.packing import Integers, RowGroup, document_windows, take_sequence
+from pipelines.train.packing import Integers, RowGroup, document_windows
 
 Nats = npt.NDArray[np.float64]
 
@@ -29,15 +28,14 @@ def score_documents(
     Windows of like length share a batch of at most `batch_bytes`, padding included. DataError if a patch is longer
     than a window.
     """
-    windows = np.asarray(document_windows(group, sequence_patches, sequence_bytes), np.int64).reshape(-1, 3)
-    num_documents = len(group.document_starts)
+    windows = list(document_windows(group, sequence_patches, sequence_bytes))
+    num_documents = len(group.borders) - 1
     nats, targets = np.zeros(num_documents), np.zeros(num_documents, np.int64)
-    document_of = np.searchsorted(group.document_starts, group.patch_starts[windows[:, 2]], side="right") - 1
-    sizes = group.patch_starts[windows[:, 1]] - group.patch_starts[windows[:, 0]] + 1
+    begins, ends = np.asarray([(window.begin, window.end) for window in windows], np.int64).reshape(-1, 2).T
+    document_of = np.searchsorted(group.borders, begins, side="right") - 1
     device = next(model.parameters()).device
-    for chosen in _batches(sizes, batch_bytes):
-        sequences = [take_sequence(group, *windows[number].tolist()) for number in chosen]
-        batch = make_batch(sequences, with_patches=True).to(device)
+    for chosen in _batches(ends - begins, batch_bytes):
+        batch = make_batch([windows[number] for number in chosen], with_patches=True).to(device)
         assert batch.patch_lengths_BP is not None
         logits_BTV = model(batch.byte_ids_BT, batch.patch_lengths_BP, batch.document_ids_BT)
         np.add.at(nats, document_of[chosen], row_cross_entropy(logits_BTV, batch.targets_BT).cpu().numpy())
@@ -48,21 +46,20 @@ def score_documents(
 
 def document_lengths(group: RowGroup) -> Integers:
     """Bytes of each document [D]: its ids less BOS and EOS."""
-    return np.diff(np.append(group.document_starts, len(group.ids_N))) - 2
+    return np.diff(group.borders) - 2
 
 
 def document_patches(group: RowGroup) -> Integers:
     """Patches among the bytes of each document [D]: those of BOS and of an EOS that opens one not counted."""
-    ends = np.append(group.document_starts[1:], len(group.ids_N)) - 1
-    first = np.searchsorted(group.patch_starts, group.document_starts, side="right")
-    return np.searchsorted(group.patch_starts, ends) - first
+    starts = group.patch_starts(0, len(group.borders) - 1)
+    eos = np.asarray(group.borders[1:], np.int64) - 1
+    return np.searchsorted(starts, eos) - np.searchsorted(starts, group.borders[:-1], side="right")
 
 
 def document_texts(group: RowGroup) -> list[bytes]:
     """The bytes of each document."""
-    borders = np.append(group.document_starts, len(group.ids_N)).tolist()
-    parts = [group.ids_N[start + 1 : end - 1] for start, end in itertools.pairwise(borders)]
-    return [(ids - BYTE_OFFSET).astype(np.uint8).tobytes() for ids in parts]
+    ends = [border - 2 * number for number, border in enumerate(group.borders)]  # less BOS and EOS
+    return [group.text[start:end].tobytes() for start, end in pairwise(ends)]
 
 
 def _batches(sizes: Integers, batch_bytes: int) -> Iterator[Integers]:
