@@ -1,11 +1,13 @@
 """The main path as a user runs it, each command a process of its own: done, skipped, refused, resumed."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -23,13 +25,20 @@ from pipelines.train.metrics import read_metrics
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
+MARK = "BLT_TEST_COMMAND"
 HERE = Path(__file__).parent
 SPEECHES = HERE.parent / "data" / "speeches.jsonl"
 
 
-def blt_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+def blt_command(*arguments: str, mark: str = "") -> subprocess.CompletedProcess[str]:
+    """`mark` stands in the environment of the command and of all that it starts."""
     return subprocess.run(
-        [sys.executable, "-m", "jobs", *arguments], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-m", "jobs", *arguments],
+        env={**os.environ, MARK: mark},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -39,8 +48,16 @@ def last_json(completed: subprocess.CompletedProcess[str]) -> dict[str, object]:
     return found
 
 
-def ray_processes() -> set[int]:
-    return {p.pid for p in psutil.process_iter(["name"]) if p.info["name"] in ("raylet", "gcs_server")}
+def ray_processes(mark: str) -> list[psutil.Process]:
+    """Of a marked command; other Rays on the machine come and go."""
+    named = [p for p in psutil.process_iter(["name"]) if p.info["name"] in ("raylet", "gcs_server")]
+    return [process for process in named if _environment(process).get(MARK) == mark]
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended, or is another user's
+        return dict(process.environ())
+    return {}
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +76,10 @@ def arguments(root: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(arguments: list[str]) -> dict[str, object]:
     """A whole run, and what it says at the end."""
-    before = ray_processes()
-    completed = blt_command(*arguments)
+    mark = uuid.uuid4().hex
+    completed = blt_command(*arguments, mark=mark)
     assert completed.returncode == 0, completed.stderr[-3000:]
-    assert ray_processes() <= before
+    assert ray_processes(mark) == []
     return last_json(completed)
 
 
