@@ -23,7 +23,7 @@ STREAM_BYTES = 8192
 small enough for float32 angles and are a function of the place in the document alone."""
 
 Measure = Callable[[Tensor, Tensor], Tensor]
-"""Logits [T,V] and the ids [T] that come next in, one value for each position [T] out."""
+"""Logits [T,V] and the ids [T] that come next in, one value, or a row of them, for each position [T, ...] out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +144,19 @@ def document_nats(
     return _measured(model, documents, _next_byte_nats, reset_on_newline, row_bytes)
 
 
+@torch.inference_mode()
+def document_entropies_and_nats(
+    model: EntropyModel, documents: Sequence[bytes], *, reset_on_newline: bool = False, row_bytes: int = STREAM_BYTES
+) -> list[tuple[Tensor, Tensor]]:
+    """What `document_entropies` and `document_nats` give for each document, from one pass of the model."""
+    both = _measured(model, documents, _entropy_and_nats, reset_on_newline, row_bytes)
+    return [(values[:, 0], values[:, 1]) for values in both]
+
+
+def _entropy_and_nats(logits: Tensor, next_ids: Tensor) -> Tensor:
+    return torch.stack((next_byte_entropy(logits), _next_byte_nats(logits, next_ids)), -1)
+
+
 def _next_byte_nats(logits: Tensor, next_ids: Tensor) -> Tensor:
     return F.cross_entropy(logits, next_ids, reduction="none").float()
 
@@ -151,7 +164,7 @@ def _next_byte_nats(logits: Tensor, next_ids: Tensor) -> Tensor:
 def _measured(
     model: EntropyModel, documents: Sequence[bytes], measure: Measure, reset_on_newline: bool, row_bytes: int
 ) -> list[Tensor]:
-    """What `measure` makes of the logits at BOS and at each byte of each document: [n + 1] on the CPU."""
+    """What `measure` makes of the logits at BOS and at each byte of each document: [n + 1, ...] on the CPU."""
     if row_bytes < 1:
         raise ValueError(f"row_bytes must be at least 1, got {row_bytes}")
     row_bytes = min(row_bytes, STREAM_BYTES)
