@@ -37,9 +37,9 @@ def generate(
 
     It ends at EOS, before the first stop string that is found in it, or after `max_new_bytes`, the bytes of a stop
     string counted. Temperature 0 is greedy; other draws use `top_k`, then `top_p`, and `seed`. Every prompt has its own
-    draws, from the same seed or from one for each prompt, so its continuation is that of a call of its own, whatever the
-    other prompts are (up to the first byte that rounding decides: sums of several rows round otherwise than those of
-    one); several samples of one prompt take several seeds. A prompt may be empty. Neither prompt nor output need be
+    draws, from the same seed or from one for each prompt, so its continuation is that of a call of its own, whatever
+    the other prompts are (up to the first byte that rounding decides: sums of several rows round otherwise than those
+    of one); several samples of one prompt take several seeds. A prompt may be empty. Neither prompt nor output need be
     valid UTF-8.
 
     Raises ConfigError for an argument out of range, a prompt or stop string that is not bytes, seeds that are not as
