@@ -14,6 +14,7 @@ from pathlib import Path
 import jinja2
 import yaml
 
+from jobs.evaluate_table import sample_line, tables
 from jobs.report_calibration import all_rows, calibration_charts, chosen_rows, drawn_sources
 from jobs.report_chart import Chart, histogram, training_charts
 from jobs.report_passage import COLUMN_WIDTH, CURVE_HEIGHT, Layout, lay_out
@@ -65,6 +66,8 @@ def render(run: Run, title: str, view: PatchView | None, left_out: Sequence[str]
             rows=summary_rows(run),
             stages=stage_rows(run),
             comparisons=_bars(run),
+            evaluation_tables=tables(run.evaluation) if run.evaluation is not None else [],
+            sample_line=sample_line(run.evaluation) if run.evaluation is not None else None,
             view=view,
             layout=layout,
             threshold=threshold,
