@@ -8,31 +8,11 @@ from rich.console import Console
 from jobs.evaluate_table import print_evaluation, sample_line, tables
 from pipelines.evaluate.evaluation import LanguageFigures, NoiseFigures, NotText, SourceFigures
 from pipelines.evaluate.samples import SampleFigures
-from tests.jobs.report_case import EVALUATION
-
-FIGURES = {
-    "documents": 3,
-    "bytes": 1234,
-    "patches": 300,
-    "mean_patch_bytes": 4.1133,
-    "nats": 1000.0,
-    "bpb": 1.23456,
-    "bpb_low": 1.2,
-    "bpb_high": 1.3,
-    "accuracy": 0.625,
-    "one_byte_share": 0.25,
-    "entropy_model_bpb": 2.5,
-    "model_flops_per_byte": 1.2345e9,
-    "entropy_model_flops_per_byte": 9.6e7,
-    "flops_per_byte": 1.3305e9,
-    "baselines": {"gzip -9": 2.8, "zstd -19": 2.4},
-}
-NOISE = {name: value for name, value in FIGURES.items() if not name.endswith("_bpb") and "flops" not in name}
-del NOISE["baselines"]
+from tests.jobs.report_case import EVALUATION, NOISE_FIGURES, SOURCE_FIGURES
 
 
 def test_a_row_holds_the_figures_of_its_source() -> None:
-    source = SourceFigures(source="a\x1b", **FIGURES)  # type: ignore[arg-type]
+    source = SourceFigures(source="a\x1b", **SOURCE_FIGURES)  # type: ignore[arg-type]
     bpb, patches = tables(dataclasses.replace(EVALUATION, per_source=(source,)))
     assert bpb.columns[3:] == ("BLT", "95 % interval", "accuracy", "entropy model", "gzip -9", "zstd -19")
     assert bpb.rows == (("a\\x1b", "3", "1,234", "1.235", "1.200 to 1.300", "62.5 %", "2.500", "2.800", "2.400"),)
@@ -40,8 +20,8 @@ def test_a_row_holds_the_figures_of_its_source() -> None:
 
 
 def test_several_sources_have_a_row_for_all() -> None:
-    parts = tuple(SourceFigures(source=name, **FIGURES) for name in "ab")  # type: ignore[arg-type]
-    languages = tuple(LanguageFigures(language=name, **FIGURES) for name in ("de", None))  # type: ignore[arg-type]
+    parts = tuple(SourceFigures(source=name, **SOURCE_FIGURES) for name in "ab")  # type: ignore[arg-type]
+    languages = tuple(LanguageFigures(language=name, **SOURCE_FIGURES) for name in ("de", None))  # type: ignore[arg-type]
     found = tables(dataclasses.replace(EVALUATION, per_source=parts, per_language=languages))
     assert [[row[0] for row in table.rows] for table in found] == [["a", "b", "all"]] * 2 + [
         ["de", "(none given)", "all"]
@@ -54,7 +34,7 @@ def test_what_was_not_measured_is_left_blank() -> None:
     (all_bpb,), (all_patches,) = (table.rows for table in tables(EVALUATION))
     assert all_bpb == ("all", "2", "1,041", "2.413", "2.371 to 2.455", "", "2.604", "2.832", "2.447", "4.381")
     assert all_patches == ("all", "235", "4.430", "", "", "", "")
-    one = SourceFigures(source="a", **(FIGURES | {"documents": 1}))  # type: ignore[arg-type]
+    one = SourceFigures(source="a", **(SOURCE_FIGURES | {"documents": 1}))  # type: ignore[arg-type]
     assert (
         tables(dataclasses.replace(EVALUATION, per_source=(one,)))[0].rows[0][4] == ""
     )  # says nothing of one document
@@ -62,7 +42,7 @@ def test_what_was_not_measured_is_left_blank() -> None:
 
 
 def test_noise_and_samples_are_told() -> None:
-    rows = tuple(NoiseFigures(noise=name, **NOISE) for name in ("clean", "ant_speak"))  # type: ignore[arg-type]
+    rows = tuple(NoiseFigures(noise=name, **NOISE_FIGURES) for name in ("clean", "ant_speak"))  # type: ignore[arg-type]
     samples = SampleFigures(
         samples=8,
         documents=3,
@@ -87,7 +67,7 @@ def test_noise_and_samples_are_told() -> None:
 
 
 def test_tables_are_printed_whole_where_there_is_no_terminal() -> None:
-    source = SourceFigures(source="a" * 70, **FIGURES)  # type: ignore[arg-type]
+    source = SourceFigures(source="a" * 70, **SOURCE_FIGURES)  # type: ignore[arg-type]
     out = io.StringIO()
     print_evaluation(dataclasses.replace(EVALUATION, per_source=(source,)), Console(file=out, width=80))
     line = next(line for line in out.getvalue().splitlines() if "1.235" in line)
