@@ -97,6 +97,8 @@ def run(config: Config) -> JobResult:
             evaluation = evaluate(config, config.model, documents, bar.advance)
         write_evaluation(config.output, evaluation)
         _tell_rejected(config.output, evaluation)
+        if config.samples and evaluation.samples is None:
+            logger.warning("samples=0: no document begins with text that could be continued")
         return _result(evaluation)
 
     inputs = f"model={language_model_fingerprint(directory)} data={documents.fingerprint}"

@@ -6,6 +6,7 @@ is no document here either, and is counted.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from blt.checkpoint import LanguageModelConfig
 from blt.errors import ConfigError, DataError
@@ -15,7 +16,7 @@ from pipelines.evaluate.rejects import Rejects, UnitRows, remove_rejects, write_
 from pipelines.manifest import SourceCounts
 from pipelines.patch.boundaries import BATCH_BYTES
 from pipelines.shard.config import CorpusConfig
-from pipelines.shard.files import InputFile, find_files
+from pipelines.shard.files import InputFile, find_files, refuse_output_in_input
 from pipelines.shard.plan import Group, Unit, inputs_fingerprint, make_units
 from pipelines.shard.reader import Document, Rejected, UnitReader
 from pipelines.storage import Storage
@@ -147,14 +148,13 @@ class CorpusDocuments:
 
 
 def open_corpus(config: TextConfig, output: str) -> CorpusDocuments:
-    """Find and sample the files; DataError names an input that yields nothing."""
+    """Find and sample the files; DataError names an input that yields nothing, ConfigError one that `output` is in."""
     files = {source.name: find_files(source) for source in config.all_sources}
-    return CorpusDocuments(
-        config=config,
-        groups=cut_into_units(files),
-        fingerprint=inputs_fingerprint(files),
-        output=Storage(output).root_uri,
-    )
+    root = Storage(output).root_uri
+    entries = (entry for source in config.all_sources for entry in source.input)
+    refuse_output_in_input(root, entries, chain.from_iterable(files.values()))
+    groups = cut_into_units(files)
+    return CorpusDocuments(config=config, groups=groups, fingerprint=inputs_fingerprint(files), output=root)
 
 
 def cut_into_units(files: Mapping[str, Sequence[InputFile]]) -> tuple[Group, ...]:

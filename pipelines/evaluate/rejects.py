@@ -4,6 +4,7 @@ An actor knows the lines of its part of a file only, so it writes raw records be
 counted the driver gives them their final numbers, all in OUTPUT/quarantine.jsonl, and removes the raw ones.
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -119,3 +120,5 @@ def write_quarantine(groups: Sequence[Group], rows: Sequence[UnitRows], storage:
                     new.write(encoder.encode(final_record(record, before[group][record.unit])) + b"\n")
     for _, path in paths:
         storage.delete(path)
+    if storage.is_local:
+        shutil.rmtree(storage.url(RAW), ignore_errors=True)  # the directory, which objects on S3 do not have

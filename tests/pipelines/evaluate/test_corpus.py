@@ -125,7 +125,7 @@ def test_rows_that_are_no_documents_are_counted_and_listed(model: str, tmp_path:
             ("a", "a.jsonl", 5),
             ("b", "b.parquet", 2),
         ]
-        assert not list((out / RAW).iterdir())
+        assert not (out / RAW).exists()
 
 
 def test_an_input_without_a_byte_is_refused_and_its_rows_are_listed(model: str, tmp_path: Path) -> None:
@@ -198,3 +198,9 @@ def test_units_hold_every_byte_once_in_order(sizes: dict[str, list[tuple[int, st
 def test_the_key_of_the_language_is_one_of_its_own(key: str, wanted: str) -> None:
     with pytest.raises(ConfigError, match=f"language_key .*{wanted}"):
         TextConfig(input=("x",), language_key=key)
+
+
+def test_an_output_that_a_second_run_would_read_is_refused(tmp_path: Path) -> None:
+    write_files(tmp_path / "files")
+    with pytest.raises(ConfigError, match="lies inside input"):
+        open_corpus(TextConfig(input=(str(tmp_path / "files"),)), str(tmp_path / "files" / "out"))
