@@ -17,6 +17,7 @@ from blt.checkpoint import LanguageModel, language_model_fingerprint, load
 from blt.errors import ConfigError
 from blt.generation import stream
 from jobs.record import JobResult, run_once
+from pipelines.evaluate.utf8 import is_utf8
 from pipelines.storage import Storage
 
 SAMPLE_NAME = "sample.json"
@@ -116,7 +117,7 @@ def _sample(config: Config) -> Sample:
         prompt=config.prompt,
         text=text,
         bytes=len(data),
-        valid_utf8=_is_utf8(data),
+        valid_utf8=is_utf8(data),
         seconds=round(seconds, 3),
         bytes_per_second=round(len(data) / seconds, 1) if seconds else 0.0,
         seed=seed,
@@ -138,14 +139,6 @@ def _pieces(language_model: LanguageModel, config: Config, seed: int) -> Iterato
         seed=seed,
         stop=[text.encode("utf-8", "surrogateescape") for text in config.stop],
     )
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _result(sample: Sample) -> JobResult:

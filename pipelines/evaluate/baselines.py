@@ -114,6 +114,10 @@ class Baselines:
         task = ray.remote(num_cpus=1, memory=placeable(_TASK_MEMORY_BYTES))(_sizes_after)
         self._last = self._sizes[part] = task.remote(self._documents, part, self._compressors, self._last)
 
+    def share(self, part: Part, other: Part) -> None:
+        """Take those of another part, which holds the same documents, for a part too."""
+        self._sizes[part] = self._sizes[other]
+
     def bits_per_byte(self, part: Part, num_bytes: int) -> dict[str, float]:
         """By name, once they are made; empty for a part without bytes."""
         sizes: Sizes = ray.get(self._sizes[part])

@@ -23,6 +23,8 @@ from pipelines.storage import Storage
 
 _UNITS_PER_CORPUS = 64
 _LEAST_UNIT_BYTES, _MOST_UNIT_BYTES = 64 * 2**10, 8 * 2**20
+_DOCUMENT_OVERHEAD_BYTES = 256
+"""What a document takes in a batch beside its text, about: so that a million tiny ones are bounded too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +90,12 @@ class CorpusDocuments:
             elif not self.config.keeps(len(row.text)):
                 rejects.filter_out()
             else:
-                if held and held_bytes + len(row.text) > BATCH_BYTES:
+                size_bytes = len(row.text) + _DOCUMENT_OVERHEAD_BYTES
+                if held and held_bytes + size_bytes > BATCH_BYTES:
                     yield _batch(group.source, held)
                     held, held_bytes = [], 0
                 held.append(row)
-                held_bytes += len(row.text)
+                held_bytes += size_bytes
         if held:
             yield _batch(group.source, held)
         yield rejects.finish()
@@ -161,7 +164,7 @@ def cut_into_units(files: Mapping[str, Sequence[InputFile]]) -> tuple[Group, ...
     """Consecutive files, or ranges of large ones, of one source each: a 64th of the whole text, from 64 KiB to 8 MiB.
 
     A function of the files alone, and never of the number of actors, so that no actor sees other batches. A compressed
-    file is a unit of its own, whatever it holds.
+    or text file is never cut, whatever it holds.
     """
     total = sum(file.size_bytes * file.text_per_byte for members in files.values() for file in members)
     cap_bytes = int(min(max(total / _UNITS_PER_CORPUS, _LEAST_UNIT_BYTES), _MOST_UNIT_BYTES))

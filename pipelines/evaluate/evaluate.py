@@ -44,6 +44,12 @@ class _Found:
     prompts: list[Prompt]
     scoring_seconds: float
 
+    @property
+    def languages(self) -> list[str | None]:
+        """None stands for documents that name none, where others do; empty where no document names one."""
+        found = self.scores.languages
+        return [] if found == [None] else found
+
 
 def evaluate(
     config: EvaluateConfig,
@@ -60,23 +66,20 @@ def evaluate(
     directory, everywhere = local_model(model), Storage(model).root_uri
     judge = _judge(config, directory)
     check_model(config, documents, judge.model, model)
-    sources = [Part(kind="source", name=name) for name in documents.sources]
     baselines = Baselines(documents, config.compressors)
-    for part in (Part(), *(sources if len(sources) > 1 else ())):
-        baselines.start(part)  # beside the actors, because xz alone may take as long as they do
+    sources = _start_baselines(baselines, documents)
     documents.begin()
     found = _score_units(config, everywhere, documents, on_progress)
     rows = documents.finish(found.counts)
-    clean, names = found.scores.of(CLEAN), found.scores.languages
-    languages = [Part(kind="language", name=name) for name in names if names != [None]]
+    languages = [Part(kind="language", name=name) for name in found.languages]
     for part in languages:
         baselines.start(part)
     samples = sample(config, everywhere, found.prompts) if config.samples else None
+    clean = found.scores.of(CLEAN)
 
     def figures(part: Part) -> PartFigures:
         chosen = clean.part(part)
-        like = Part() if len(sources) == 1 and part.kind == "source" else part
-        return judge.part_figures(chosen, baselines.bits_per_byte(like, chosen.sum("bytes")))
+        return judge.part_figures(chosen, baselines.bits_per_byte(part, chosen.sum("bytes")))
 
     total = figures(Part())
     return Evaluation(
@@ -106,6 +109,19 @@ def check_model(config: EvaluateConfig, documents: Documents, model: LanguageMod
         check_can_patch(model, directory, 'key "samples"')
         if model.patch_rule.kind == "top_k":
             raise ConfigError('key "samples": the patch rule top_k looks ahead, so its model cannot generate')
+
+
+def _start_baselines(baselines: Baselines, documents: Documents) -> list[Part]:
+    """Those of all documents and of each source, beside the actors, because xz alone may take as long as they do. The
+    sources are returned."""
+    sources = [Part(kind="source", name=name) for name in documents.sources]
+    baselines.start(Part())
+    for part in sources:
+        if len(sources) == 1:
+            baselines.share(part, Part())
+        else:
+            baselines.start(part)
+    return sources
 
 
 def _judge(config: EvaluateConfig, directory: str) -> Judge:

@@ -22,6 +22,7 @@ from pipelines.evaluate.scoring import (
     document_patches,
     score_documents,
 )
+from pipelines.evaluate.utf8 import is_utf8
 
 
 class Scorer:
@@ -88,15 +89,6 @@ class Scorer:
             "nats": found.nats,
             "entropy_model_nats": no_nats if batch.entropy_model_nats is None else batch.entropy_model_nats,
         }
-
-
-def is_utf8(text: bytes) -> bool:
-    """Whether it is valid UTF-8."""
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _table(

@@ -51,5 +51,8 @@ class _Baselines:
     def start(self, part: Part) -> None:
         self._sizes[part] = stream_sizes(self._documents, part, self._compressors)
 
+    def share(self, part: Part, other: Part) -> None:
+        self._sizes[part] = self._sizes[other]
+
     def bits_per_byte(self, part: Part, num_bytes: int) -> dict[str, float]:
         return {name: 8 * size / num_bytes for name, size in self._sizes[part].items()} if num_bytes else {}

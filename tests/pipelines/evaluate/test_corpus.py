@@ -160,6 +160,7 @@ def test_rules_that_need_no_entropies_patch_files_too(rule: PatchRule, tmp_path:
 
 def test_a_long_document_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.evaluate.corpus.BATCH_BYTES", 10)
+    monkeypatch.setattr("pipelines.evaluate.corpus._DOCUMENT_OVERHEAD_BYTES", 0)
     lines = [json.dumps({"text": "x" * size}) + "\n" for size in (3, 4, 50, 9, 2)]
     (tmp_path / "a.jsonl").write_text("".join(lines))
     documents = corpus(tmp_path, a=str(tmp_path / "a.jsonl"))

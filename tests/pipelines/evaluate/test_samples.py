@@ -97,6 +97,7 @@ def test_the_figures_are_those_of_the_generated_bytes(model: str, tmp_path: Path
     assert found.cut == sum(cut)
     assert found.invalid_sequences == sum(invalid) - sum(cut)
     assert found.valid == sum(count == is_cut for count, is_cut in zip(invalid, cut, strict=True))
+    assert found.valid_share == found.valid / 25
     assert found.invalid_per_kb == 1000 * found.invalid_sequences / found.bytes
     assert found.invalid_sequences > 0  # of a model with random weights
 
