@@ -169,12 +169,17 @@ def _measured(
         raise ValueError(f"row_bytes must be at least 1, got {row_bytes}")
     row_bytes = min(row_bytes, STREAM_BYTES)
     runs = [run for document in documents for run in _contexts(document, reset_on_newline)]
-    parts: list[Tensor] = []
+    lengths = [len(document) + 1 for document in documents]
+    values, filled = torch.empty(0), 0
     for row in _rows(runs, row_bytes):
-        alone = len(row) == 1
-        parts.append(_stream(model, row[0], row_bytes, measure) if alone else _packed(model, row, measure))
-    values = torch.cat(parts) if parts else torch.empty(0)
-    return list(values.split([len(document) + 1 for document in documents]))
+        for part in _stream(model, row[0], row_bytes, measure) if len(row) == 1 else [_packed(model, row, measure)]:
+            if not filled:
+                # Filled in place: small parts that are kept between the logits of one chunk and those of the next
+                # fragment the heap; a document of 3 MB took 3 GB.
+                values = part.new_empty((sum(lengths), *part.shape[1:]))
+            values[filled : filled + len(part)] = part
+            filled += len(part)
+    return list(values.split(lengths))
 
 
 def _contexts(document: bytes, reset_on_newline: bool) -> Iterator[Tensor]:
@@ -213,11 +218,9 @@ def _packed(model: EntropyModel, row: Sequence[Tensor], measure: Measure) -> Ten
     return measure(logits[0], next_ids).cpu()
 
 
-def _stream(model: EntropyModel, run: Tensor, row_bytes: int, measure: Measure) -> Tensor:
-    """Values [n] of one run in chunks of at most row_bytes."""
+def _stream(model: EntropyModel, run: Tensor, row_bytes: int, measure: Measure) -> Iterator[Tensor]:
+    """Values [n] of one run, in chunks of at most row_bytes."""
     stream = ContextStream(model)
-    parts = []
     for chunk in run.split(row_bytes, dim=1):
         ids, next_ids = chunk.to(model.output.weight.device)
-        parts.append(measure(stream.feed(ids), next_ids).cpu())
-    return torch.cat(parts)
+        yield measure(stream.feed(ids), next_ids).cpu()

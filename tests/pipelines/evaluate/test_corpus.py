@@ -18,6 +18,8 @@ from pipelines.evaluate import Evaluation, TextConfig, open_corpus, open_patched
 from pipelines.evaluate.baselines import StreamSizes
 from pipelines.evaluate.corpus import CorpusDocuments, cut_into_units
 from pipelines.evaluate.documents import DocumentBatch
+from pipelines.evaluate.evaluation import NotText
+from pipelines.evaluate.noise import NOISES, Noise, disturb
 from pipelines.evaluate.rejects import RAW, UnitRows
 from pipelines.shard import SourceConfig
 from pipelines.shard.files import InputFile
@@ -205,3 +207,32 @@ def test_an_output_that_a_second_run_would_read_is_refused(tmp_path: Path) -> No
     write_files(tmp_path / "files")
     with pytest.raises(ConfigError, match="lies inside input"):
         open_corpus(TextConfig(input=(str(tmp_path / "files"),)), str(tmp_path / "files" / "out"))
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_noise_gives_what_the_noised_files_give(noise: Noise, model: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, noise=(noise,), seed=3)
+    files = write_files(tmp_path / "files", {"a": TEXTS["poems"]})
+    clean, noised = evaluate_here(config, model, corpus(tmp_path, **files)).noise
+    texts = [disturb(text.encode(), noise, 3, f"{n}").decode() for n, text in enumerate(TEXTS["poems"])]
+    expected = evaluate_here(CONFIG, model, corpus(tmp_path, **write_files(tmp_path / "noised", {"a": texts})))
+    assert noised.noise == noise
+    assert (noised.bytes, noised.patches) == (expected.bytes, expected.patches)
+    assert noised.nats == expected.nats
+    assert (noised.accuracy, noised.one_byte_share) == (expected.accuracy, expected.one_byte_share)
+    assert clean.bytes == sum(len(text.encode()) for text in TEXTS["poems"])
+
+
+def test_documents_that_are_no_text_are_left_out_under_noise(model: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name, content in {"a": b"text", "b": b"\xff\xfe", "c": b"more text \xc3"}.items():
+        (tmp_path / "in" / name).write_bytes(content)
+    documents = open_corpus(TextConfig(input=(str(tmp_path / "in"),), format="binary"), str(tmp_path / "out"))
+    found = evaluate_here(
+        dataclasses.replace(CONFIG, noise=("upper_case",), samples=4, sample_bytes=3), model, documents
+    )
+    assert (found.documents, found.bytes) == (3, 17)
+    assert found.not_text == NotText(documents=2, bytes=13)
+    assert [(row.noise, row.documents, row.bytes) for row in found.noise] == [("clean", 1, 4), ("upper_case", 1, 4)]
+    assert found.samples is not None
+    assert found.samples.documents == 2  # "te" and "more t", though what follows is no text
