@@ -26,9 +26,15 @@ def read_row_group(storage: Storage, path: str, number: int, with_text: bool = T
     """
     with open_shard(storage, path, verify=False) as shard:
         columns = {"n_bytes", "patch_starts"} & set(shard.columns) | ({"text"} if with_text else set())
-        table = shard.read(number, sorted(columns)).combine_chunks()
+        table = shard.read(number, sorted(columns))
+    return decode_row_group(table, f"row group {number} of {storage.url(path)}", with_text)
+
+
+def decode_row_group(table: pa.Table, name: str, with_text: bool = True) -> RowGroup:
+    """The documents of a table with the column n_bytes, text unless it reads as zeros, and, in a patch dataset,
+    patch_starts; DataError, beginning with `name`, if they do not agree.
+    """
     lengths = table["n_bytes"].to_numpy().astype(np.int64)
-    name = f"row group {number} of {storage.url(path)}"
     text = _joined(table["text"], lengths, name) if with_text else np.zeros(int(lengths.sum()), np.uint8)
     if "patch_starts" not in table.column_names:
         return join_documents(text, lengths, None)
