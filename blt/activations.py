@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,30 @@ from blt.step import Batch
 META = torch.device("meta")
 
 
+class Stretch(NamedTuple):
+    """A stretch of a pass."""
+
+    most: int
+    """Alive at any time of it."""
+    left: int
+    """Alive at its end."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ActivationBytes:
     """Of one micro-batch."""
 
     kept: int
     """From the forward to the backward pass."""
-    peak: int
-    """The most at any time of both, with what operations pass on to each other."""
+    forward: Stretch
+    """Until the backward pass comes to the last block."""
+    backward: tuple[Stretch, ...]
+    """From the backward pass of a block to that of the block before it, for each block."""
+
+    @property
+    def peak(self) -> int:
+        """The most at any time."""
+        return max(stretch.most for stretch in (self.forward, *self.backward))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,21 +75,52 @@ def activation_bytes(shape: BLTConfig | EntropyModelConfig, batch: Batch, how: C
         model = BLT(shape) if isinstance(shape, BLTConfig) else EntropyModel(shape)
         if isinstance(model, BLT) and model.local_encoder.hash_embedding is not None:
             model.local_encoder.hash_embedding = _Sums(model.local_encoder.shape.width)  # type: ignore[assignment]
-    model.to(how.gathered)
-    kernels = AsOn(how.device, how.autocast)
-    for block in blocks_of(model):  # as recomputation brings autocast back in the backward pass
-        block.forward = functools.partial(_computed, kernels, block.forward)  # type: ignore[method-assign]
-    recompute_blocks(model, how.recomputation)
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)
-    batch = batch.to(torch.device("cpu"))
+    batch, kernels = batch.to(torch.device("cpu")), AsOn(how.device, how.autocast)
     ids, targets = batch.byte_ids_BT.to(META), batch.targets_BT.to(META)
+    live = LiveBytes([*model.to(how.gathered).parameters(), ids, targets])
+    stretches = _Stretches(live)
+    _prepare(model, kernels, how.recomputation, stretches)
     forward = _forward(model, batch)
-    with LiveBytes([*model.parameters(), ids, targets]) as live:
+    with live:
         nats = summed_cross_entropy(_computed(kernels, forward, ids), targets)
         kept = live.bytes
         nats.backward()
-    return ActivationBytes(kept=kept, peak=live.peak_bytes)
+    before, *backward = stretches.ended()
+    return ActivationBytes(kept=kept, forward=before, backward=tuple(reversed(backward)))
+
+
+def _prepare(model: nn.Module, kernels: AsOn, recomputation: Recomputation, stretches: "_Stretches") -> None:
+    """Have the blocks compute as on the device, recompute, and mark where their backward passes begin."""
+    for block in blocks_of(model):  # inside: as recomputation brings autocast back in the backward pass
+        block.forward = functools.partial(_computed, kernels, block.forward)  # type: ignore[method-assign]
+    recompute_blocks(model, recomputation)
+    for block in blocks_of(model):
+        block.forward = functools.partial(_marked, stretches, block.forward)  # type: ignore[method-assign]
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+
+
+class _Stretches:
+    """What is alive until the backward pass of the last block, and then in that of each block."""
+
+    def __init__(self, live: LiveBytes) -> None:
+        self._live = live
+        self._found: list[Stretch] = []
+
+    def next(self, _: object = None) -> None:
+        """A block's backward pass begins."""
+        self._found.append(Stretch(self._live.lap(), self._live.bytes))
+
+    def ended(self) -> list[Stretch]:
+        """All of them, in the order of the pass."""
+        self.next()
+        return self._found
+
+
+def _marked(stretches: _Stretches, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+    out = forward(*args)
+    out.register_hook(stretches.next)
+    return out
 
 
 def lookup_bytes(tables: HashEmbedding, batch: Batch) -> int:

@@ -22,8 +22,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
         """Alive now."""
-        self.peak_bytes = 0
-        """Most at any time so far."""
+        self._most = 0
         self._known = [tensor.untyped_storage() for tensor in known]  # kept, so that none is taken for a new one
         self._known_ids = {id(storage) for storage in self._known}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -34,6 +33,11 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())
         return out
+
+    def lap(self) -> int:
+        """The most at any time since the lap before."""
+        most, self._most = self._most, self.bytes
+        return most
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
@@ -46,4 +50,4 @@ class LiveBytes(TorchDispatchMode):
 
         self._alive[key] = weakref.ref(storage, gone)
         self.bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        self._most = max(self._most, self.bytes)

@@ -6,13 +6,14 @@ block is one more group, gathered for the whole of a micro-batch; n-gram tables 
 (`blt.sharding`). replicated: each rank holds everything, and gradients are one buffer (`blt.parallel.FlatGradients`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
+from blt.activations import ActivationBytes
 from blt.entropy_model import EntropyModel
 from blt.hash_embedding import HashEmbedding
 from blt.model import BLT
@@ -22,6 +23,8 @@ Spread = Literal["sharded", "replicated"]
 
 STATE_BYTES = 4
 """Of a float32: a weight, its gradient, a moment."""
+
+TABLE_GRADIENT = "gradient of the n-gram tables"
 
 _PARTS = (
     ("local_encoder.hash_embedding.", "hash_tables"),
@@ -81,6 +84,27 @@ def column_elements(tables: Iterable[nn.Parameter], ranks: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Bytes that are there at one moment of a micro-batch, besides weights, gradients and moments of the optimiser."""
+
+    name: str
+    gathered_weights: int = 0
+    """Whole weights: of the group without blocks, of the block at work and of the one that is fetched meanwhile."""
+    gathered_gradients: int = 0
+    """Whole gradients on their way to the ranks that keep them."""
+    activations: int = 0
+    lookups: int = 0
+    """What lookups in n-gram tables keep, for the bytes of all ranks."""
+    table_gradient: int = 0
+    """The micro-batch's gradient of the tables, before it is added to that of those before it."""
+
+    @property
+    def total(self) -> int:
+        gathered = self.gathered_weights + self.gathered_gradients
+        return gathered + self.activations + self.lookups + self.table_gradient
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryLedger:
     """Bytes on the rank that holds most."""
 
@@ -88,16 +112,8 @@ class MemoryLedger:
     gradients: int
     moments: int
     """Of AdamW, with its count of steps."""
-    gathered_weights: int
-    """Whole weights of the group without blocks, of the block at work and of the one that is fetched meanwhile."""
-    gathered_gradients: int
-    """Whole gradients on their way to the ranks that keep them."""
-    activations: int
-    """`ActivationBytes.peak` of a micro-batch."""
-    lookups: int
-    """What lookups in n-gram tables keep, for the bytes of all ranks."""
-    table_gradient: int
-    """A micro-batch's gradient of the tables, before it is added to that of those before it."""
+    working: Moment
+    """The moment at which a micro-batch takes most."""
 
     @property
     def state(self) -> int:
@@ -105,14 +121,8 @@ class MemoryLedger:
         return self.weights + self.gradients + self.moments
 
     @property
-    def working(self) -> int:
-        """The most that a micro-batch adds. The tables' gradient is made last, when activations are gone."""
-        gathered = self.gathered_weights + self.gathered_gradients
-        return gathered + max(self.activations + self.lookups, self.table_gradient)
-
-    @property
     def total(self) -> int:
-        return self.state + self.working
+        return self.state + self.working.total
 
 
 def memory_ledger(
@@ -121,40 +131,76 @@ def memory_ledger(
     ranks: int,
     spread: Spread,
     gathered: torch.dtype,
-    activations: int,
+    activations: ActivationBytes,
     lookups: int,
     accumulates: bool,
 ) -> MemoryLedger:
-    """The ledger of a model. `gathered`: type of gathered weights; `accumulates`: more than one micro-batch a step."""
+    """The ledger of a model. `gathered`: type of gathered weights; `lookups`: `lookup_bytes` of a rank's micro-batch;
+    `accumulates`: more than one micro-batch a step.
+    """
     groups = WeightGroups.of(model)
-    if spread == "replicated":
-        elements = sum(parameter.numel() for parameter in model.parameters())
-        added, to_gather = True, (0, 0)  # to the one buffer, from the first micro-batch on
-        own_tables = column_elements(groups.tables, 1)
-    else:
-        own_tables = column_elements(groups.tables, ranks)
+    own_tables = column_elements(groups.tables, ranks if spread == "sharded" else 1)
+    if spread == "sharded":
         elements = own_tables + sum(shard_elements(group, ranks) for group in groups.gathered)
-        added, to_gather = accumulates, _gathered(groups, ranks, gathered.itemsize)
+        added = STATE_BYTES * own_tables if accumulates else 0
+        moments = list(_sharded_moments(groups, ranks, gathered.itemsize, activations, lookups * ranks, added))
+    else:
+        elements = sum(parameter.numel() for parameter in model.parameters())
+        moments = [
+            Moment(name="activations", activations=activations.peak, lookups=lookups),
+            Moment(name=TABLE_GRADIENT, table_gradient=STATE_BYTES * own_tables),  # added to the one buffer
+        ]
     num_parameters = sum(1 for _ in model.parameters())
     return MemoryLedger(
         weights=STATE_BYTES * elements,
         gradients=STATE_BYTES * elements,
         moments=STATE_BYTES * (2 * elements + num_parameters),
-        gathered_weights=to_gather[0],
-        gathered_gradients=to_gather[1],
-        activations=activations,
-        lookups=lookups,
-        table_gradient=STATE_BYTES * own_tables if added else 0,
+        working=max(moments, key=lambda moment: moment.total),
     )
 
 
-def _gathered(groups: WeightGroups, ranks: int, itemsize: int) -> tuple[int, int]:
-    """Bytes of whole weights, and of whole gradients, that FSDP holds at once in the backward pass.
+def _sharded_moments(
+    groups: WeightGroups, ranks: int, itemsize: int, activations: ActivationBytes, lookups: int, table_gradient: int
+) -> Iterator[Moment]:
+    """From the end of the forward pass to that of the backward pass, of which each block has two.
 
-    A group's gradients are in the type of its weights, and copied to float32 to be summed and sent.
+    When it starts, activations are most, and the gradients of the block after it are being sent: a float32 copy that is
+    there until the next one is made. When it ends, its own gradients are whole, in the type of its weights, and copied
+    to be sent (a rank alone makes three such copies, one after the other). Gradients of the group without blocks add up
+    until the end.
     """
-    sizes = sorted((ranks * shard_elements(block, ranks) for block in groups.blocks), reverse=True)
-    rest, largest = ranks * shard_elements(groups.rest, ranks), max(sizes, default=0)
-    at_once = sum(sizes[: 2 if ranks > 1 else 1])  # a rank alone fetches nothing ahead
-    sent = max(largest * (itemsize + STATE_BYTES), rest * STATE_BYTES)
-    return itemsize * (rest + at_once), itemsize * rest + sent
+    rest = ranks * shard_elements(groups.rest, ranks)
+    blocks = [ranks * shard_elements(block, ranks) for block in groups.blocks]
+    ahead = 1 if ranks > 1 else 0  # a rank alone fetches nothing
+    sending = itemsize + STATE_BYTES if ranks > 1 else 3 * STATE_BYTES
+    yield Moment(
+        name="end of the forward pass",
+        gathered_weights=itemsize * (rest + (1 + ahead) * sum(blocks[-1:])),
+        activations=activations.forward.most,
+        lookups=lookups,
+    )
+    for number in reversed(range(len(blocks))):
+        own, name = blocks[number], f"of the backward pass of block {number + 1} of {len(blocks)}"
+        fetched = ahead * sum(blocks[number - 1 : number])
+        sent = sum(blocks[number + 1 : number + 2])
+        yield Moment(
+            name=f"start {name}",
+            gathered_weights=itemsize * (rest + own + fetched),
+            gathered_gradients=itemsize * rest + STATE_BYTES * sent,
+            activations=activations.backward[number].most,
+            lookups=lookups,
+        )
+        yield Moment(
+            name=f"end {name}",
+            gathered_weights=itemsize * (rest + fetched),
+            gathered_gradients=itemsize * rest + sending * own,
+            activations=activations.backward[number].left,
+            lookups=lookups,
+        )
+    yield Moment(
+        name=TABLE_GRADIENT,
+        gathered_weights=itemsize * rest,
+        gathered_gradients=itemsize * rest + STATE_BYTES * sum(blocks[:1]),
+        table_gradient=table_gradient,
+    )
+    yield Moment(name="end of the backward pass", gathered_gradients=sending * rest)

@@ -56,9 +56,10 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command("jobs.inspect_text", "text in patches over its entropies, in the terminal and as an HTML page"),
     "import": Command("jobs.import_weights", "published weights, of the reference or transformers, as a model of ours"),
     "export": Command("jobs.export_weights", "a model as a directory that transformers loads, with a model card"),
-    "bench patch": Command("jobs.bench_patch", "measure patching, its files and their reader; one line of JSON"),
+    "bench patch": Command("jobs.bench.patch", "measure patching, its files and their reader; one line of JSON"),
+    "bench feed": Command("jobs.bench.feed", "measure the feed of training, its parts and a resume; one line of JSON"),
     "bench goodput": Command(
-        "jobs.bench_goodput", "measure what deaths of training workers cost; a JSON line per mode"
+        "jobs.bench.goodput", "measure what deaths of training workers cost; a JSON line per mode"
     ),
     "bench entropy": Command("jobs.bench.entropy", "measure the entropy pass; a line of JSON"),
     "bench train": Command("jobs.bench.train", "measure forward and backward passes of a BLT; a line of JSON"),

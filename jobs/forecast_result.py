@@ -14,7 +14,7 @@ from pipelines.train.run_sizes import MicroBatch
 
 Figures = Mapping[str, float | str | None]
 
-SUMMARY = "say what the run would take: parameters, FLOPs, memory, traffic, time; starts no Ray, writes nothing"
+SUMMARY = "say what the run would take of memory, FLOPs, traffic and time; writes nothing"
 OPTIONS = ("device", "mfu")
 """Of the keys of `Assumptions`, those that are options as well."""
 
@@ -82,12 +82,14 @@ def _memory_figures(found: Forecast) -> Figures:
 
 
 def _ledger_figures(memory: MemoryLedger) -> Figures:
-    """Parts whose sum is the total, and the parts of the last of them."""
-    parts = ("weights", "gradients", "moments", "working")
+    """Parts whose sum is the total, and those of the last of them."""
+    working = memory.working
     inner = ("gathered_weights", "gathered_gradients", "activations", "lookups", "table_gradient")
     return {
-        **{f"memory_bytes.{part}": getattr(memory, part) for part in parts},
-        **{f"memory_bytes.working.{part}": getattr(memory, part) for part in inner},
+        **{f"memory_bytes.{part}": getattr(memory, part) for part in ("weights", "gradients", "moments")},
+        "memory_bytes.working": working.total,
+        **{f"memory_bytes.working.{part}": getattr(working, part) for part in inner},
+        "fullest_moment": working.name,
     }
 
 

@@ -61,31 +61,26 @@ def _run_rows(found: Forecast) -> Iterator[Row]:
 
 def _memory_rows(found: Forecast) -> Iterator[Row]:
     config, memory, micro = found.config, found.world.memory, found.most
-    kept = f"{decimal(micro.activations.kept)} of them kept for the backward pass"
-    recomputed = f"activation_checkpointing={config.activation_checkpointing}"
-    gathered = "the block at work, the next one, and what is in no block"
+    working = memory.working
     yield _bytes_row("Weights", memory.weights, "float32")
     yield _bytes_row("Gradients", memory.gradients, "float32")
     yield _bytes_row("Moments", memory.moments, "float32, AdamW")
-    yield _bytes_row("Working", memory.working, "most at any time of a micro-batch:")
-    if config.survival == "sharded":
-        yield _bytes_row("  gathered weights", memory.gathered_weights, gathered)
-        yield _bytes_row("  gathered gradients", memory.gathered_gradients, "on their way to the ranks that keep them")
-    note = f"of {_shape(micro)}, the most; {kept}, {recomputed}"
-    yield _bytes_row("  activations", memory.activations, note)
-    if memory.lookups:
-        yield _bytes_row("  n-gram lookups", memory.lookups, "row numbers, kept for the backward pass")
-    if memory.table_gradient:
-        yield _bytes_row("  n-gram gradient", memory.table_gradient, "after the activations, not at the same time")
-    room = found.machine.memory_bytes
-    note = (
-        "" if room is None else f"{'fits' if found.world.fits else 'does NOT fit'} {found.machine.name}, {_size(room)}"
-    )
-    yield _bytes_row("All", memory.total, note + (" (torch.compile is not counted)" if config.compile else ""))
+    yield _bytes_row("Working", working.total, f"at the fullest moment of a micro-batch: {working.name}")
+    recomputed = f"activation_checkpointing={config.activation_checkpointing}"
+    notes = {
+        "gathered_weights": "what is in no block, the block at work, the next one",
+        "gathered_gradients": "on their way to the workers that keep them",
+        "activations": f"of {_shape(micro)}, the most there may be; {recomputed}",
+        "lookups": "in n-gram tables: row numbers",
+        "table_gradient": "of a micro-batch, before it is added to those before it",
+    }
+    for part, note in notes.items():
+        if num_bytes := getattr(working, part):
+            yield _bytes_row(f"  {part.replace('_', ' ')}", num_bytes, note)
+    yield _bytes_row("All", memory.total, _fits(found) + (", torch.compile not counted" if config.compile else ""))
     if found.usual != micro:
-        usual = found.usual
-        note = f"of {_shape(usual)}; {decimal(usual.activations.kept)} of them kept"
-        yield _bytes_row("Usual activations", usual.activations.peak, note)
+        note = f"at most, of {_shape(found.usual)}"
+        yield _bytes_row("Usual activations", found.usual.activations.peak, note)
 
 
 def _fits(found: Forecast) -> str:
@@ -101,7 +96,7 @@ def _worlds_table(found: Forecast) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for world in found.shown_worlds:
         memory, fits = world.memory, {True: "yes", False: "no", None: "unknown"}[world.fits]
-        sizes = (_size(memory.state), _size(memory.working), _size(memory.total))
+        sizes = (_size(memory.state), _size(memory.working.total), _size(memory.total))
         table.add_row(f"{world.workers:,}", *sizes, fits, style="bold" if world.workers == found.world.workers else "")
     if found.machine.memory_bytes is not None:
         least = found.smallest_fitting

@@ -17,10 +17,10 @@ from blt.errors import ConfigError
 from blt.flops import entropy_flops_per_byte
 from blt.patching import PatchRule
 from blt.vocabulary import encode
+from jobs.bench.circumstances import BenchResult, circumstances
+from jobs.bench.corpus import prose
 from jobs.bench.subject import drawn, small_blt, small_entropy_model, transformers_model
 from jobs.bench.turns import ratios, speed_figures, take_turns
-from jobs.bench_circumstances import BenchResult, circumstances
-from jobs.bench_corpus import prose
 
 OPTIONS = ("against",)
 

@@ -20,10 +20,10 @@ from blt.generation import Decoder
 from blt.model import BLTConfig
 from blt.patching import PatchRule, patch_lengths
 from blt.vocabulary import BOS, BYTE_OFFSET, encode
+from jobs.bench.circumstances import BenchResult, circumstances
+from jobs.bench.corpus import prose
 from jobs.bench.subject import MEAN_PATCH_BYTES, drawn, small_blt, small_entropy_model, transformers_model
 from jobs.bench.turns import summary
-from jobs.bench_circumstances import BenchResult, circumstances
-from jobs.bench_corpus import prose
 
 OPTIONS = ("against",)
 

@@ -20,6 +20,8 @@ from blt.patching import PatchRule
 from blt.recomputation import Recomputation, prepare_blocks
 from blt.step import Batch, tally_batch
 from blt.vocabulary import BYTE_OFFSET, encode
+from jobs.bench.circumstances import BenchResult, circumstances
+from jobs.bench.corpus import prose
 from jobs.bench.subject import (
     MEAN_PATCH_BYTES,
     RowShape,
@@ -30,8 +32,6 @@ from jobs.bench.subject import (
     transformers_model,
 )
 from jobs.bench.turns import ratios, speed_figures, take_turns
-from jobs.bench_circumstances import BenchResult, circumstances
-from jobs.bench_corpus import prose
 
 OPTIONS = ("against",)
 

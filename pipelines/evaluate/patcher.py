@@ -15,7 +15,8 @@ from blt.errors import ConfigError
 from blt.patching import document_patch_starts
 from pipelines.evaluate.scoring import Nats
 from pipelines.patch.boundaries import batches
-from pipelines.train.packing import RowGroup, join_documents
+from pipelines.train.packing import RowGroup
+from pipelines.train.row_group import joined_documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +44,7 @@ def patch_texts(model: LanguageModel, texts: Sequence[bytes], row_bytes: int) ->
         entropies, nats = _predictions(model, batch, row_bytes)
         rule = model.patch_rule
         starts = [document_patch_starts(t, e, rule).numpy() for t, e in zip(batch, entropies, strict=True)]
-        group = join_documents(
-            np.frombuffer(b"".join(batch), np.uint8),
-            np.asarray([len(text) for text in batch], np.int64),
-            np.flatnonzero(np.concatenate(starts)),
-        )
-        yield PatchedBatch(group=group, entropy_model_nats=nats)
+        yield PatchedBatch(group=joined_documents(batch, starts), entropy_model_nats=nats)
 
 
 def entropy_model_nats(model: LanguageModel, texts: Sequence[bytes], row_bytes: int) -> Nats | None:

@@ -6,6 +6,7 @@ context that an earlier window scored. Every byte and EOS is scored once. Shapes
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ import torch
 from blt.loss import NO_TARGET, row_cross_entropy, row_hits
 from blt.model import BLT
 from pipelines.train.batch import make_batch
-from pipelines.train.packing import Integers, RowGroup, document_windows, take_sequence
+from pipelines.train.packing import Integers, RowGroup, document_windows
 
 Nats = npt.NDArray[np.float64]
 
@@ -38,16 +39,15 @@ def score_documents(
     Windows of like length share a batch of at most `batch_bytes`, padding included. DataError if a patch is longer
     than a window.
     """
-    windows = np.asarray(document_windows(group, sequence_patches, sequence_bytes), np.int64).reshape(-1, 3)
-    num_documents = len(group.document_starts)
+    windows = list(document_windows(group, sequence_patches, sequence_bytes))
+    num_documents = len(group.borders) - 1
     nats = np.zeros(num_documents)
     hits, targets = np.zeros(num_documents, np.int64), np.zeros(num_documents, np.int64)
-    document_of = np.searchsorted(group.document_starts, group.patch_starts[windows[:, 2]], side="right") - 1
-    sizes = group.patch_starts[windows[:, 1]] - group.patch_starts[windows[:, 0]] + 1
+    begins, ends = np.asarray([(window.begin, window.end) for window in windows], np.int64).reshape(-1, 2).T
+    document_of = np.searchsorted(group.borders, begins, side="right") - 1
     device = next(model.parameters()).device
-    for chosen in _batches(sizes, batch_bytes):
-        sequences = [take_sequence(group, *windows[number].tolist()) for number in chosen]
-        batch = make_batch(sequences, with_patches=True).to(device)
+    for chosen in _batches(ends - begins, batch_bytes):
+        batch = make_batch([windows[number] for number in chosen], with_patches=True).to(device)
         assert batch.patch_lengths_BP is not None
         logits_BTV = model(batch.byte_ids_BT, batch.patch_lengths_BP, batch.document_ids_BT)
         np.add.at(nats, document_of[chosen], row_cross_entropy(logits_BTV, batch.targets_BT).cpu().numpy())
@@ -59,23 +59,30 @@ def score_documents(
 
 def document_lengths(group: RowGroup) -> Integers:
     """Bytes of each document [D]: its ids less BOS and EOS."""
-    return np.diff(np.append(group.document_starts, len(group.ids_N))) - 2
+    return np.diff(group.borders) - 2
 
 
 def document_patches(group: RowGroup) -> Integers:
     """Patches among the bytes of each document [D]: those of BOS and of an EOS that opens one not counted."""
-    ends = np.append(group.document_starts[1:], len(group.ids_N)) - 1
-    first = np.searchsorted(group.patch_starts, group.document_starts, side="right")
-    return np.searchsorted(group.patch_starts, ends) - first
+    starts = group.patch_starts(0, len(group.borders) - 1)
+    eos = np.asarray(group.borders[1:], np.int64) - 1
+    return np.searchsorted(starts, eos) - np.searchsorted(starts, group.borders[:-1], side="right")
 
 
 def document_one_byte_patches(group: RowGroup) -> Integers:
     """Patches of one byte among those of each document [D], EOS not counted to the last one."""
-    ends = np.append(group.document_starts[1:], len(group.ids_N)) - 1
-    borders = np.union1d(group.patch_starts, ends)  # a document's last patch ends before its EOS
+    bos, eos = np.asarray(group.borders[:-1], np.int64), np.asarray(group.borders[1:], np.int64) - 1
+    starts = group.patch_starts(0, len(group.borders) - 1)
+    borders = np.union1d(starts, eos)  # a document's last patch ends before its EOS
     alone = borders[:-1][np.diff(borders) == 1]
-    alone = alone[~np.isin(alone, np.concatenate((group.document_starts, ends)))]
-    return np.searchsorted(alone, ends) - np.searchsorted(alone, group.document_starts)
+    alone = alone[~np.isin(alone, np.concatenate((bos, eos)))]
+    return np.searchsorted(alone, eos) - np.searchsorted(alone, bos)
+
+
+def document_texts(group: RowGroup) -> list[bytes]:
+    """The bytes of each document."""
+    ends = [border - 2 * number for number, border in enumerate(group.borders)]  # less BOS and EOS
+    return [group.text[start:end].tobytes() for start, end in pairwise(ends)]
 
 
 def _batches(sizes: Integers, batch_bytes: int) -> Iterator[Integers]:

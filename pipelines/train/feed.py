@@ -6,8 +6,10 @@ Row groups are read whole, decoded once and kept while the order needs them (its
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from itertools import islice
 
 from blt.step import Batch
 from pipelines.storage import Storage
@@ -15,33 +17,59 @@ from pipelines.train.batch import make_batch
 from pipelines.train.config import TrainConfig
 from pipelines.train.index import Index
 from pipelines.train.order import MixedOrder, micro_steps, rank_slots, sequence_id
-from pipelines.train.packing import Integers, PackedSequence, RowGroup, cut_sequences, take_sequence
+from pipelines.train.packing import PackedSequence, cut_sequences
 from pipelines.train.row_group import read_row_group
 
 PREFETCHED_STEPS = 2
+_READERS = 8
+"""Row groups read at the same time: requests to S3 wait together, and decompression has all cores."""
 
 
 class SequenceReader:
-    """Sequences of an index by (row group, number), through a cache of decoded row groups."""
+    """Sequences of an index, through a cache of row groups; each is cut as far as its sequences are asked for."""
 
     def __init__(self, root: str, index: Index, cached_row_groups: int) -> None:
         self._storage, self._index, self._cached = Storage(root), index, cached_row_groups
-        self._groups: OrderedDict[int, tuple[RowGroup, Integers]] = OrderedDict()
+        self._groups: OrderedDict[int, _CutRowGroup] = OrderedDict()
 
-    def read(self, row_group: int, sequence: int) -> PackedSequence:
-        group, cuts = self._group(row_group)
-        return take_sequence(group, int(cuts[sequence]), int(cuts[sequence + 1]))
+    def read(self, places: Sequence[tuple[int, int]]) -> list[PackedSequence]:
+        """Sequences by row group and number. Row groups that are not in memory are read at the same time."""
+        wanted: dict[int, int] = {}
+        for row_group, number in places:
+            wanted[row_group] = max(number, wanted.get(row_group, 0))
+        missing = [one for one in wanted.items() if one[0] not in self._groups]
+        if len(missing) > 1:
+            with ThreadPoolExecutor(min(len(missing), _READERS), "feed-reader") as readers:
+                opened = readers.map(lambda one: self._open(*one), missing)
+                self._groups |= zip(dict(missing), opened, strict=True)
+        elif missing:
+            self._groups[missing[0][0]] = self._open(*missing[0])
+        for row_group in wanted:
+            self._groups.move_to_end(row_group)
+        found = [self._groups[row_group].sequence(number) for row_group, number in places]
+        while len(self._groups) > self._cached:
+            self._groups.popitem(last=False)
+        return found
 
-    def _group(self, number: int) -> tuple[RowGroup, Integers]:
-        if number not in self._groups:
-            entry = self._index.row_groups[number]
-            group = read_row_group(self._storage, entry.path, entry.row_group)
-            cuts = cut_sequences(group, self._index.sequence_patches, self._index.sequence_bytes)
-            self._groups[number] = (group, cuts)
-            if len(self._groups) > self._cached:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(number)
-        return self._groups[number]
+    def _open(self, row_group: int, sequence: int) -> "_CutRowGroup":
+        """A row group, cut as far as this sequence."""
+        entry = self._index.row_groups[row_group]
+        group = read_row_group(self._storage, entry.path, entry.row_group)
+        opened = _CutRowGroup(cut_sequences(group, self._index.sequence_patches, self._index.sequence_bytes))
+        opened.sequence(sequence)
+        return opened
+
+
+class _CutRowGroup:
+    """The sequences of a row group, each cut when one that is not before it is asked for."""
+
+    def __init__(self, sequences: Iterator[PackedSequence]) -> None:
+        self._found: list[PackedSequence] = []
+        self._rest = sequences
+
+    def sequence(self, number: int) -> PackedSequence:
+        self._found += islice(self._rest, max(0, number + 1 - len(self._found)))
+        return self._found[number]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +86,16 @@ class FeedConfig:
     def of(cls, config: TrainConfig) -> "FeedConfig":
         """What a training run says of it."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+    def order(self, index: Index) -> MixedOrder:
+        """The order of an index's sequences. ConfigError for a source that is not there."""
+        return MixedOrder(
+            [group.sequences for group in index.row_groups],
+            [group.source for group in index.row_groups],
+            seed=self.seed,
+            window=self.shuffle_row_groups,
+            weights=self.sources,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +124,7 @@ class Feed:
     def __init__(self, root: str, index: Index, config: FeedConfig, end_step: int, *, pin_memory: bool = False) -> None:
         self._config, self._end, self._pin_memory = config, end_step, pin_memory
         self._with_patches = index.sequence_patches is not None
-        self._order = MixedOrder(
-            [group.sequences for group in index.row_groups],
-            [group.source for group in index.row_groups],
-            seed=config.seed,
-            window=config.shuffle_row_groups,
-            weights=config.sources,
-        )
+        self._order = config.order(index)
         self._reader = SequenceReader(root, index, (config.shuffle_row_groups + 1) * self._order.num_sources)
         self._changed = threading.Condition()
         self._next: Request | None = None
@@ -137,14 +169,14 @@ class Feed:
         config = self._config
         positions = [step * config.global_batch + slot for slot in rank_slots(config.global_batch, rank, world_size)]
         places = [self._order.place(position) for position in positions]
-        sequences = [self._reader.read(*place) for place in places]
+        sequences = self._reader.read(places)
         size = config.micro_batch
         wanted = micro_steps(config.global_batch, size, world_size)
         batches = [make_batch(sequences[i * size : (i + 1) * size], self._with_patches) for i in range(wanted)]
         return StepBatches(
             batches=[batch.pinned() for batch in batches] if self._pin_memory else batches,
             sequence_hash=sum(map(sequence_id, positions, places)) % 2**64,
-            patches=sum(len(one.patch_lengths) - len(one.fragment_starts) for one in sequences),
+            patches=sum(sequence.num_patches for sequence in sequences),
         )
 
     def _fill(self) -> None:

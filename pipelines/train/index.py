@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 
 import msgspec
-import numpy as np
 import ray
 
 from blt.errors import DataError
@@ -96,7 +95,6 @@ def index_shard(
     storage, found = Storage(root), []
     for number in range(num_row_groups(storage, path)):
         group = read_row_group(storage, path, number, with_text=False)
-        cuts = cut_sequences(group, sequence_patches, sequence_bytes)
-        sequences = int(np.size(cuts)) - 1
+        sequences = sum(1 for _ in cut_sequences(group, sequence_patches, sequence_bytes))
         found.append(IndexedRowGroup(path=path, source=source, row_group=number, sequences=sequences))
     return found

@@ -8,6 +8,7 @@ number of workers and timing have no say, and resuming needs the step alone.
 
 import hashlib
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -139,18 +140,16 @@ class Order:
     def place(self, position: int) -> Place:
         """The sequence at `position` (0, 1, 2, ...; endless)."""
         epoch, within = divmod(position, self.epoch_length)
-        _, ends = self._epoch(epoch)
-        window = int(np.searchsorted(ends, within, side="right"))
-        row_groups, sequences = self._window(epoch, window)
-        at = within - (int(ends[window - 1]) if window else 0)
-        return Place(int(row_groups[at]), int(sequences[at]))
+        ends = self._epoch(epoch)[1]
+        window = bisect_right(ends, within)
+        return self._window(epoch, window)[within - (ends[window - 1] if window else 0)]
 
     @cached_property
-    def _epoch(self) -> Callable[[int], tuple[Integers, Integers]]:
+    def _epoch(self) -> Callable[[int], tuple[Integers, list[int]]]:
         return lru_cache(maxsize=2)(partial(_permuted_epoch, self))
 
     @cached_property
-    def _window(self) -> Callable[[int, int], tuple[Integers, Integers]]:
+    def _window(self) -> Callable[[int, int], list[Place]]:
         return lru_cache(maxsize=2)(partial(_permuted_window, self))
 
 
@@ -165,20 +164,19 @@ def micro_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
     return -(-most // micro_batch)
 
 
-def _permuted_epoch(order: Order, epoch: int) -> tuple[Integers, Integers]:
+def _permuted_epoch(order: Order, epoch: int) -> tuple[Integers, list[int]]:
     """The epoch's permuted row groups and, for each window, the number of sequences up to its end."""
     groups = np.random.default_rng((*order.seed, epoch)).permutation(len(order.sequences)).astype(np.int64)
-    counts = np.asarray(order.sequences, np.int64)[groups]
-    ends = np.cumsum(counts)
+    ends = np.cumsum(np.asarray(order.sequences, np.int64)[groups])
     last = np.append(np.arange(order.window - 1, len(ends) - 1, order.window), len(ends) - 1)
-    return groups, ends[last]
+    return groups, ends[last].tolist()
 
 
-def _permuted_window(order: Order, epoch: int, window: int) -> tuple[Integers, Integers]:
-    """Row group and sequence number of every place of a window."""
-    groups = order._epoch(epoch)[0][window * order.window : (window + 1) * order.window]
+def _permuted_window(order: Order, epoch: int, window: int) -> list[Place]:
+    """What stands at every place of a window."""
+    groups = order._epoch(epoch)[0][window * order.window : (window + 1) * order.window].tolist()
     counts = [order.sequences[group] for group in groups]
     row_groups = np.repeat(groups, counts)
     sequences = np.concatenate([np.arange(count) for count in counts])
     shuffled = np.random.default_rng((*order.seed, epoch, window + 1)).permutation(len(row_groups))
-    return row_groups[shuffled], sequences[shuffled]
+    return [Place(*place) for place in zip(row_groups[shuffled].tolist(), sequences[shuffled].tolist(), strict=True)]

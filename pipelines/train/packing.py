@@ -5,117 +5,134 @@ is a target only), is cut at patch borders alone and leaves nothing out. A seque
 with the id before its first patch, as a one-byte patch that is input only: so every byte and every EOS of a row group
 is a target exactly once, and BOS never.
 
-Shapes: N ids and P patches of a row group, M ids of a sequence.
+Shapes: N places of a row group, one for each id; D documents.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from blt.errors import DataError
-from blt.vocabulary import BOS, BYTE_OFFSET, EOS
 
 Integers = npt.NDArray[np.int64]
+
+_UNPACKED_PLACES = 2**17
+"""Patch starts are unpacked for about as many places at once: few calls, and arrays that fit a core's cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowGroup:
-    """The ids of a row group's documents one after the other, and their patches."""
+    """The documents of a row group one after the other, each with a place for its BOS, its bytes and its EOS."""
 
-    ids_N: npt.NDArray[np.int16]
-    patch_starts: Integers
-    """Place in ids_N of each patch's first id, and N at the end: [P + 1]."""
-    document_starts: Integers
-    """Place in ids_N of each BOS."""
+    text: npt.NDArray[np.uint8]
+    """The documents' bytes end to end: N - 2 D."""
+    borders: list[int]
+    """Place of each document's BOS, and N at the end: D + 1."""
+    bits: npt.NDArray[np.uint8] | None
+    """The documents' patch starts end to end, as they are stored; None: every byte is a patch."""
+    bit_borders: list[int]
+    """Where in `bits` each document's begin, and its length: D + 1."""
+
+    def patch_starts(self, first: int, end: int) -> Integers:
+        """Places of the first ids of the patches of documents [first, end)."""
+        begin = self.borders[first]
+        if self.bits is None:
+            return np.arange(begin, self.borders[end])
+        unpacked = np.unpackbits(self.bits[self.bit_borders[first] : self.bit_borders[end]], bitorder="little").data
+        pieces: list[bytes | memoryview] = [b""]
+        for document in range(first, end):
+            start = 8 * (self.bit_borders[document] - self.bit_borders[first])
+            pieces.append(unpacked[start : start + self.borders[document + 1] - self.borders[document] - 1])
+        return np.flatnonzero(np.frombuffer(b"\1".join(pieces), np.bool_)) + begin  # BOS is a patch
 
 
-@dataclass(frozen=True, kw_only=True)
+class Parts(NamedTuple):
+    """What the ids of a sequence are made of."""
+
+    text: npt.NDArray[np.uint8]
+    """Its bytes."""
+    bos: list[int]
+    """Places of BOS, counted from the sequence's first."""
+    eos: list[int]
+    """Places of EOS; all other places hold the bytes in turn."""
+
+
+@dataclass(frozen=True, slots=True)
 class PackedSequence:
-    """One sequence: M ids, the lengths of its patches (sum M), and the places where a document or fragment begins."""
+    """The ids at places [begin, end) of a row group; the first of them is a patch of its own."""
 
-    ids_M: npt.NDArray[np.int16]
-    patch_lengths: Integers
-    fragment_starts: Integers
+    group: RowGroup
+    begin: int
+    end: int
+    patch_lengths: npt.NDArray[np.integer]
+    """Of all patches but the first."""
     context: int = 0
-    """The first `context` ids are read but are no targets (besides those that open a fragment)."""
+    """The first `context` ids are read but are no targets (nor is the first, nor any BOS)."""
+
+    def __len__(self) -> int:
+        return self.end - self.begin
 
     @property
-    def num_targets(self) -> int:
-        return len(self.ids_M) - max(len(self.fragment_starts), self.context)
+    def num_patches(self) -> int:
+        """Patches whose bytes are targets: not the first, and no BOS."""
+        borders = self.group.borders
+        return len(self.patch_lengths) - bisect_left(borders, self.end) + bisect_left(borders, self.begin + 1)
+
+    def parts(self) -> Parts:
+        """Its bytes, and where among them special ids stand."""
+        borders, begin = self.group.borders, self.begin
+        first = bisect_left(borders, begin)
+        inside = [border - begin for border in borders[first : bisect_left(borders, self.end + 1, first)]]
+        bos = inside[:-1] if inside and inside[-1] == len(self) else inside
+        eos = [place - 1 for place in inside if place]
+        start = begin - 2 * first + (not bos or bos[0] > 0)  # less a BOS and an EOS for each document before
+        return Parts(self.group.text[start : start + len(self) - len(bos) - len(eos)], bos, eos)
 
 
-def join_documents(text: npt.NDArray[np.uint8], lengths: Integers, starts: Integers | None) -> RowGroup:
-    """A row group from its documents' bytes end to end, their lengths, and the places of their patch starts.
+def cut_sequences(group: RowGroup, max_patches: int | None, max_bytes: int) -> Iterator[PackedSequence]:
+    """The sequences of a row group in order, each cut when it is asked for.
 
-    starts: places among the n + 1 ids of each document (its bytes and EOS) end to end; None = every byte is a patch.
+    DataError at a patch longer than max_bytes.
     """
-    document_starts = np.cumsum(lengths + 2) - (lengths + 2)
-    total = int((lengths + 2).sum())
-    ids = _join_ids(text, lengths, document_starts, total)
-    if starts is None:
-        return RowGroup(ids_N=ids, patch_starts=np.arange(total + 1), document_starts=document_starts)
-    borders = np.searchsorted(starts, document_starts - np.arange(len(lengths)))  # without a BOS for each document
-    within = starts + np.repeat(np.arange(1, len(lengths) + 1), np.diff(np.append(borders, len(starts))))
-    patch_starts = np.append(np.insert(within, borders, document_starts), total)
-    return RowGroup(ids_N=ids, patch_starts=patch_starts, document_starts=document_starts)
+    borders, num_documents = group.borders, len(group.borders) - 1
+    patch = document = known = 0  # the next sequence's first patch; its document; documents whose patches are known
+    starts = np.asarray(borders[:1])  # of the patches that are known, and their end
+    lengths = np.diff(starts)
+    while (first := int(starts[patch])) < borders[-1]:
+        if starts[-1] <= first + max_bytes and known < num_documents:
+            more = min(bisect_left(borders, first + max_bytes + _UNPACKED_PLACES, known + 1), num_documents)
+            starts = np.concatenate((starts[patch:-1], group.patch_starts(known, more), borders[more : more + 1]))
+            lengths = np.diff(starts).astype(np.min_scalar_type(max_bytes))
+            patch, known = 0, more
+        document = bisect_left(borders, first, document)
+        begin = first if borders[document] == first else first - 1
+        end = int(starts.searchsorted(begin + max_bytes + 1, side="right")) - 1
+        if max_patches is not None:
+            end = min(end, patch + max_patches - (first - begin))
+        if end == patch:
+            raise _does_not_fit(int(starts[patch + 1]) - first, max_bytes)
+        yield PackedSequence(group, begin, int(starts[end]), lengths[patch + (begin == first) : end])
+        patch = end
 
 
-def _join_ids(
-    text: npt.NDArray[np.uint8], lengths: Integers, document_starts: Integers, total: int
-) -> npt.NDArray[np.int16]:
-    ids = np.empty(total, np.int16)
-    ids[document_starts], ids[document_starts + lengths + 1] = BOS, EOS
-    sources = (np.cumsum(lengths) - lengths).tolist()
-    for source, target, length in zip(sources, (document_starts + 1).tolist(), lengths.tolist(), strict=True):
-        np.add(text[source : source + length], BYTE_OFFSET, out=ids[target : target + length], dtype=np.int16)
-    return ids
-
-
-def cut_sequences(group: RowGroup, max_patches: int | None, max_bytes: int) -> Integers:
-    """First patch of each sequence, and P at the end. DataError if a patch is longer than max_bytes."""
-    starts, num_patches = group.patch_starts, len(group.patch_starts) - 1
-    _check_patches_fit(starts, max_bytes)
-    opens_document = np.zeros(num_patches, np.bool_)
-    opens_document[np.searchsorted(starts, group.document_starts)] = True
-    cuts, patch = [0], 0
-    while patch < num_patches:
-        repeated = 0 if opens_document[patch] else 1
-        fits = int(np.searchsorted(starts, starts[patch] + max_bytes + 1 - repeated, side="right")) - 1
-        patch = fits if max_patches is None else min(fits, patch + max_patches - repeated)
-        cuts.append(patch)
-    return np.asarray(cuts, np.int64)
-
-
-def take_sequence(group: RowGroup, first_patch: int, end_patch: int, scored_from: int | None = None) -> PackedSequence:
-    """The sequence of patches [first_patch, end_patch); targets begin at patch `scored_from` if given."""
-    first, end = int(group.patch_starts[first_patch]), int(group.patch_starts[end_patch])
-    lo, hi = group.document_starts.searchsorted((first, end)).tolist()
-    inside, borders = group.document_starts[lo:hi], group.patch_starts[first_patch : end_patch + 1]
-    lengths = borders[1:] - borders[:-1]
-    if len(inside) == 0 or inside[0] != first:
-        first -= 1
-        inside = np.concatenate(([first], inside))
-        lengths = np.concatenate(([1], lengths))
-    context = 0 if scored_from is None else int(group.patch_starts[scored_from]) - first
-    return PackedSequence(
-        ids_M=group.ids_N[first:end], patch_lengths=lengths, fragment_starts=inside - first, context=context
-    )
-
-
-def document_windows(group: RowGroup, max_patches: int, max_bytes: int) -> Sequence[tuple[int, int, int]]:
-    """Windows (first patch, end patch, first scored patch) that score every patch but BOS once, each document apart.
+def document_windows(group: RowGroup, max_patches: int, max_bytes: int) -> Iterator[PackedSequence]:
+    """Sequences that score every patch but BOS once, each document apart.
 
     About half of a window that does not open its document is context, which an earlier window scored: as many patches
     as fit half of either limit. It gives way where the next patch would not fit. At most max_patches patches and
     max_bytes input bytes, as in training. DataError if a patch is longer than max_bytes.
     """
-    windows = []
-    starts = group.patch_starts
-    _check_patches_fit(starts, max_bytes)
-    borders = np.append(np.searchsorted(starts, group.document_starts), len(starts) - 1)
-    for first_of_document, end_of_document in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
+    starts = np.append(group.patch_starts(0, len(group.borders) - 1), group.borders[-1])
+    lengths = np.diff(starts)
+    if lengths.max(initial=0) > max_bytes:
+        raise _does_not_fit(int(lengths.max()), max_bytes)
+    patches = np.searchsorted(starts, group.borders).tolist()
+    for first_of_document, end_of_document in pairwise(patches):
         scored = first_of_document + 1  # BOS is no target; a window of BOS alone would have none
         while scored < end_of_document:
             near = int(np.searchsorted(starts, starts[scored] - max_bytes // 2))
@@ -123,18 +140,19 @@ def document_windows(group: RowGroup, max_patches: int, max_bytes: int) -> Seque
             end = _end_of_window(starts, first, max_patches, max_bytes)
             if end <= scored:
                 first, end = scored, _end_of_window(starts, scored, max_patches, max_bytes)
-            windows.append((first, min(end, end_of_document), scored))
-            scored = min(end, end_of_document)
-    return windows
-
-
-def _check_patches_fit(patch_starts: Integers, max_bytes: int) -> None:
-    longest = int(np.diff(patch_starts).max(initial=0))
-    if longest > max_bytes:
-        raise DataError(f"a patch of {longest} bytes does not fit a sequence of {max_bytes} bytes")
+            end, opens = min(end, end_of_document), first == first_of_document
+            begin = int(starts[first]) - (not opens)
+            yield PackedSequence(
+                group, begin, int(starts[end]), lengths[first + opens : end], context=int(starts[scored]) - begin
+            )
+            scored = end
 
 
 def _end_of_window(starts: Integers, first: int, max_patches: int, max_bytes: int) -> int:
     """End of the longest run of patches from `first`, one patch spared for the byte that opens a fragment."""
     fits = int(np.searchsorted(starts, starts[first] + max_bytes, side="right")) - 1
     return min(fits, first + max_patches - 1)
+
+
+def _does_not_fit(patch_bytes: int, max_bytes: int) -> DataError:
+    return DataError(f"a patch of {patch_bytes} bytes does not fit a sequence of {max_bytes} bytes")

@@ -3,14 +3,17 @@
 Works on document shards (every byte a patch) and on patch shards (starts from the bitmap).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from blt.errors import DataError
+from pipelines.schema import pack_starts
 from pipelines.shard_file import open_shard
 from pipelines.storage import Storage
-from pipelines.train.packing import Integers, RowGroup, join_documents
+from pipelines.train.packing import Integers, RowGroup
 
 
 def num_row_groups(storage: Storage, path: str) -> int:
@@ -36,13 +39,28 @@ def decode_row_group(table: pa.Table, name: str, with_text: bool = True) -> RowG
     """
     lengths = table["n_bytes"].to_numpy().astype(np.int64)
     text = _joined(table["text"], lengths, name) if with_text else np.zeros(int(lengths.sum()), np.uint8)
-    if "patch_starts" not in table.column_names:
-        return join_documents(text, lengths, None)
-    packed = _joined(table["patch_starts"], (lengths + 8) // 8, name)
-    places, opened = _starts(packed, lengths)
-    if not opened.all():
-        raise DataError(f"{name}: in patch_starts of a document, the first byte (or EOS) does not start a patch")
-    return join_documents(text, lengths, places)
+    sizes = (lengths + 8) // 8
+    bits, bit_borders = None, _borders(sizes)
+    if "patch_starts" in table.column_names:
+        bits = _joined(table["patch_starts"], sizes, name)
+        if not (bits[bit_borders[:-1]] & 1).all():
+            raise DataError(f"{name}: in patch_starts of a document, the first byte (or EOS) does not start a patch")
+    return RowGroup(text=text, borders=_borders(lengths + 2).tolist(), bits=bits, bit_borders=bit_borders.tolist())
+
+
+def joined_documents(texts: Sequence[bytes], starts: Sequence[npt.NDArray[np.bool_]]) -> RowGroup:
+    """The row group of documents that are in memory, with the n + 1 patch starts of each."""
+    columns = {
+        "n_bytes": pa.array([len(text) for text in texts], pa.int64()),
+        "text": pa.array(texts, pa.large_binary()),
+        "patch_starts": pa.array([pack_starts(one) for one in starts], pa.binary()),
+    }
+    return decode_row_group(pa.table(columns), "documents")
+
+
+def _borders(sizes: Integers) -> Integers:
+    """Where things of these sizes begin that lie end to end, and where the last one ends."""
+    return np.concatenate(([0], np.cumsum(sizes)))
 
 
 def _joined(column: pa.ChunkedArray, lengths: Integers, name: str) -> npt.NDArray[np.uint8]:
@@ -59,17 +77,3 @@ def _joined(column: pa.ChunkedArray, lengths: Integers, name: str) -> npt.NDArra
         raise DataError(f"{name}: n_bytes does not agree with its other columns")
     parts = [part for part in parts if len(part)] or parts[:1]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _starts(packed: npt.NDArray[np.uint8], lengths: Integers) -> tuple[Integers, npt.NDArray[np.bool_]]:
-    """Places of the patch starts among the n + 1 ids of every document end to end, and whether each document's first
-    is one. Each document's bits fill whole bytes in `packed`.
-    """
-    stored = (lengths + 8) // 8 * 8
-    first = np.cumsum(stored) - stored
-    places = np.flatnonzero(np.unpackbits(packed, bitorder="little").view(np.bool_))  # 5 times slower on uint8
-    counts = np.diff(np.searchsorted(places, np.append(first, 8 * len(packed))))
-    own = places - np.repeat(first, counts)
-    is_start = own <= np.repeat(lengths, counts)
-    shift = np.cumsum(lengths + 1) - (lengths + 1)
-    return (own + np.repeat(shift, counts))[is_start], (packed[first // 8] & 1).astype(np.bool_)

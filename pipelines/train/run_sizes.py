@@ -12,12 +12,11 @@ from blt.memory_ledger import MemoryLedger, memory_ledger
 from blt.model import BLT, BLTConfig
 from blt.step import Batch
 from blt.traffic_ledger import TrafficLedger, traffic_ledger
-from blt.vocabulary import BOE
 from pipelines.train.batch import make_batch
 from pipelines.train.config import TrainConfig
 from pipelines.train.machine import Machine
 from pipelines.train.order import micro_steps
-from pipelines.train.packing import PackedSequence
+from pipelines.train.packing import PackedSequence, RowGroup
 
 WORLD_SIZES_UP_TO = 8
 """Times the configured workers: how far other numbers of workers are looked at."""
@@ -108,8 +107,8 @@ class RunSizes:
             ranks=workers,
             spread=config.survival,
             gathered=self.gathered,
-            activations=activations.peak,
-            lookups=lookups * (workers if config.survival == "sharded" else 1),
+            activations=activations,
+            lookups=lookups,
             accumulates=micro_steps(config.global_batch, config.micro_batch, workers) > 1,
         )
         fits = None if machine.memory_bytes is None else memory.total <= machine.memory_bytes
@@ -127,9 +126,8 @@ def _batch(rows: int, shape: RowShape) -> Batch:
     """A batch of this shape, as the feed makes it: sequences of one document, with patches of the same length."""
     num_patches = shape.bytes + 1 if shape.patches is None else min(shape.patches, shape.bytes + 1)
     borders = np.linspace(1, shape.bytes + 1, num_patches).astype(np.int64)
-    sequence = PackedSequence(
-        ids_M=np.full(shape.bytes + 1, BOE, np.int16),
-        patch_lengths=np.diff(borders, prepend=0),
-        fragment_starts=np.zeros(1, np.int64),
+    document = RowGroup(
+        text=np.zeros(shape.bytes + 1, np.uint8), borders=[0, shape.bytes + 3], bits=None, bit_borders=[0, 0]
     )
+    sequence = PackedSequence(document, 0, shape.bytes + 1, np.diff(borders))
     return make_batch([sequence] * rows, with_patches=shape.patches is not None)

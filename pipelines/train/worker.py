@@ -185,7 +185,7 @@ class Worker:
         with self.watchdog.watches(self.config.hang_seconds):
             for number in range(micro_steps(sequences, size, share.world_size)):  # as many on every worker
                 self.watchdog.alive()
-                chosen = [reader.read(*one) for one in own[number * size : (number + 1) * size]]
+                chosen = reader.read(own[number * size : (number + 1) * size])
                 batch = make_batch(chosen, with_patches=index.sequence_patches is not None)
                 self.counts.add(*tally_batch(self.survival.model, batch.to(self.device), self.autocast))
         self.survival.model.train()

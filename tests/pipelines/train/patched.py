@@ -63,19 +63,18 @@ def patched_documents(max_documents: int = 6, max_bytes: int = 40) -> st.SearchS
 
 
 def naive_row_group(documents: Sequence[Patched]) -> RowGroup:
-    """What a row group decodes to, a byte at a time."""
-    ids: list[int] = []
-    patch_starts: list[int] = []
-    document_starts: list[int] = []
+    """What a row group decodes to, a document at a time."""
+    text, bits, borders, bit_borders = b"", b"", [0], [0]
     for document in documents:
-        document_starts.append(len(ids))
-        opens = [True, *document.starts]
-        patch_starts += [len(ids) + place for place, start in enumerate(opens) if start]
-        ids += document.ids
+        text += document.text
+        bits += pack_starts(np.asarray(document.starts))
+        borders.append(borders[-1] + len(document.ids))
+        bit_borders.append(len(bits))
     return RowGroup(
-        ids_N=np.asarray(ids, np.int16),
-        patch_starts=np.asarray([*patch_starts, len(ids)], np.int64),
-        document_starts=np.asarray(document_starts, np.int64),
+        text=np.frombuffer(text, np.uint8),
+        borders=borders,
+        bits=np.frombuffer(bits, np.uint8),
+        bit_borders=bit_borders,
     )
 
 

@@ -143,8 +143,8 @@ def small_rows(root: str, index: Index) -> list[list[int]]:
     """The targets of every sequence of the small source."""
     reader = SequenceReader(root, index, 4)
     places = [(n, s) for n, group in enumerate(index.row_groups) for s in range(group.sequences)]
-    chosen = [reader.read(*place) for place in places if index.row_groups[place[0]].source == "small"]
-    return [row for one in chosen for row in rows_of([make_batch([one], with_patches=True)])]
+    chosen = reader.read([place for place in places if index.row_groups[place[0]].source == "small"])
+    return rows_of([make_batch([one], with_patches=True) for one in chosen])
 
 
 def test_documents_without_patches(root: str) -> None:
@@ -156,7 +156,7 @@ def test_few_row_groups_are_kept(root: str, index: Index) -> None:
     reader = SequenceReader(root, index, 2)
     for number, group in enumerate(index.row_groups):
         for sequence in range(group.sequences):
-            reader.read(number, sequence)
+            reader.read([(number, sequence)])
     assert len(reader._groups) == 2
 
 

@@ -6,7 +6,6 @@ goals. Runs of the model, of one actor and of two take turns, so that a machine 
 
 import logging
 import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 
 from blt.errors import ConfigError
 from blt.patching import PatchRule
-from jobs.bench_actors import BareRun, PoolRun, run_bare, run_pool
-from jobs.bench_circumstances import BenchResult, circumstances, working_directory
-from jobs.bench_corpus import repeated, sample_texts, write_corpus
-from jobs.bench_files import parquet_bytes_per_cpu_second, reader_bytes_per_cpu_second, stored_bytes
+from jobs.bench.actors import BareRun, PoolRun, run_bare, run_pool
+from jobs.bench.circumstances import BenchResult, circumstances, summary, working_directory
+from jobs.bench.corpus import repeated, sample_texts, write_corpus
+from jobs.bench.files import parquet_bytes_per_cpu_second, reader_bytes_per_cpu_second, stored_bytes
 from jobs.ray_session import ray_session
 from pipelines.patch.dataset import patch_dataset
 from pipelines.patch.plan import PatchConfig
@@ -106,10 +105,10 @@ def _throughput(config: Config, corpus: str, directory: Path) -> dict[str, Any]:
     return {
         "measured_bytes": sum(commit.bytes for commit in commits),
         "mean_patch_bytes": round(sum(c.bytes for c in commits) / sum(c.patches for c in commits), 4),
-        "bare_bytes_per_second": _summary(model),
-        "one_actor_bytes_per_second": _summary(alone),
-        "one_actor_busy_bytes_per_second": _summary([run.busy_bytes_per_second for run in one]),
-        "two_actors_bytes_per_second": _summary(together),
+        "bare_bytes_per_second": summary(model),
+        "one_actor_bytes_per_second": summary(alone),
+        "one_actor_busy_bytes_per_second": summary([run.busy_bytes_per_second for run in one]),
+        "two_actors_bytes_per_second": summary(together),
         "pipeline_to_bare": _ratios(alone, model),
         "pipeline_to_bare_by_cpu_second": _ratios(alone_cpu, model_cpu),
         "two_actors_to_one": _ratios(together, alone),
@@ -146,17 +145,12 @@ def _files(patches: str, repeats: int) -> dict[str, Any]:
         "stored_bytes_per_byte": round(stored.whole, 4),
         "text_alone_bytes_per_byte": round(stored.text, 4),
         "stored_beyond_text": round(stored.whole - stored.text, 4),
-        "open_patches_bytes_per_cpu_second": _summary(verified),
-        "open_patches_without_checksums_bytes_per_cpu_second": _summary(unverified),
-        "parquet_alone_bytes_per_cpu_second": _summary([parquet_bytes_per_cpu_second(patches) for _ in range(repeats)]),
+        "open_patches_bytes_per_cpu_second": summary(verified),
+        "open_patches_without_checksums_bytes_per_cpu_second": summary(unverified),
+        "parquet_alone_bytes_per_cpu_second": summary([parquet_bytes_per_cpu_second(patches) for _ in range(repeats)]),
     }
 
 
 def _ratios(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
     """Of the figures of each repeat."""
-    return _summary([value / other for value, other in zip(values, others, strict=True)])
-
-
-def _summary(values: Sequence[float]) -> dict[str, Any]:
-    digits = 3 if max(values) < 100 else 0
-    return {"median": round(statistics.median(values), digits), "repeats": [round(value, digits) for value in values]}
+    return summary([value / other for value, other in zip(values, others, strict=True)])

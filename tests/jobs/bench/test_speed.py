@@ -28,7 +28,7 @@ def tiny_entropy_model() -> EntropyModelConfig:
 
 def assert_speeds(figures: Mapping[str, Any]) -> None:
     assert figures["bytes_per_second"]["median"] > 0
-    assert 0 < figures["share_of_peak"]["median"] < 1
+    assert figures["share_of_peak"]["median"] > 0
     assert figures["peak_memory_bytes"] > 10**7
 
 

@@ -4,8 +4,9 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,12 @@ def circumstances(config: object, device: str) -> dict[str, Any]:
     """Device, CPUs of this machine, versions and configuration of a measurement."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "pyarrow", "ray", "blt-ray")}
     return {"device": device, "cpus": os.cpu_count(), "versions": versions, "configuration": to_plain(config)}
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """The median of the repeats, and all of them."""
+    digits = 3 if max(values) < 100 else 0
+    return {"median": round(statistics.median(values), digits), "repeats": [round(value, digits) for value in values]}
 
 
 @contextlib.contextmanager

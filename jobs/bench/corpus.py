@@ -68,22 +68,28 @@ def prose(seed: int, num_documents: int, document_bytes: int) -> list[bytes]:
 
 
 def write_corpus(
-    root: str, texts: Iterable[bytes], num_bytes: int, num_shards: int, valid: Sequence[bytes] = ()
+    root: str,
+    texts: Iterable[bytes],
+    num_bytes: int,
+    num_shards: int,
+    valid: Sequence[bytes] = (),
+    sources: Sequence[str] = (SOURCE,),
 ) -> None:
-    """A document dataset of `num_shards` shards of about num_bytes / num_shards of text each; consumes `texts` as it
-    writes, and no more of them than that. `valid`: documents of a held-out shard, where there is to be one.
+    """A document dataset of `num_shards` shards of about num_bytes / num_shards of text each, the sources in turn;
+    consumes `texts` as it writes, and no more of them than that. `valid`: documents of a held-out shard of the first
+    source, where there is to be one.
     """
     storage, texts = Storage(root), iter(texts)
     entries: list[ShardEntry] = []
     for number in range(num_shards):
         written = sum(entry.bytes for entry in entries)
         wanted = num_bytes * (number + 1) // num_shards - written
-        entries.append(_write_shard(storage, "train", number, _take(texts, wanted)))
+        source = sources[number % len(sources)]
+        entries.append(_write_shard(storage, "train", number, source, _take(texts, wanted)))
     if valid:
-        entries.append(_write_shard(storage, "valid", 0, valid))
-    rows, held = sum(entry.documents for entry in entries), sum(entry.bytes for entry in entries)
-    counts = SourceCounts(rows_in=rows, rows_out=rows, quarantined=0, filtered=0, bytes=held)
-    write_manifest(root, Manifest(kind="documents", shards=tuple(entries), counts={SOURCE: counts}))
+        entries.append(_write_shard(storage, "valid", 0, sources[0], valid))
+    counts = {source: _counts([entry for entry in entries if entry.source == source]) for source in sources}
+    write_manifest(root, Manifest(kind="documents", shards=tuple(entries), counts=counts))
 
 
 def repeated(texts: Sequence[bytes]) -> Iterator[bytes]:
@@ -100,11 +106,16 @@ def _take(texts: Iterator[bytes], num_bytes: int) -> list[bytes]:
     return taken
 
 
-def _write_shard(storage: Storage, split: Split, number: int, texts: Sequence[bytes]) -> ShardEntry:
+def _counts(shards: Sequence[ShardEntry]) -> SourceCounts:
+    rows, held = sum(shard.documents for shard in shards), sum(shard.bytes for shard in shards)
+    return SourceCounts(rows_in=rows, rows_out=rows, quarantined=0, filtered=0, bytes=held)
+
+
+def _write_shard(storage: Storage, split: Split, number: int, source: str, texts: Sequence[bytes]) -> ShardEntry:
     path, sizes = f"{split}/shard-{number:05d}.parquet", [len(text) for text in texts]
-    columns = [[f"{split}:{number}:{row}" for row in range(len(texts))], [SOURCE] * len(texts), list(texts), sizes]
+    columns = [[f"{split}:{number}:{row}" for row in range(len(texts))], [source] * len(texts), list(texts), sizes]
     table = pa.table(columns, schema=DOCUMENT_SCHEMA)
     tables = (table.slice(rows.start, rows.stop - rows.start) for rows in row_group_slices(sizes, ROW_GROUP_BYTES))
     with storage.create(path) as new:
         write_parquet(new, tables, DOCUMENT_SCHEMA, {})
-    return ShardEntry(path=path, split=split, source=SOURCE, documents=len(texts), bytes=sum(sizes), sha256=new.sha256)
+    return ShardEntry(path=path, split=split, source=source, documents=len(texts), bytes=sum(sizes), sha256=new.sha256)

@@ -9,11 +9,11 @@ import pytest
 
 from blt.errors import ConfigError
 from blt.optim import OptimizerConfig
-from jobs.bench_circumstances import BenchResult
-from jobs.bench_corpus import prose, write_corpus
-from jobs.bench_goodput import GOALS, Config, GoodputResult, Mode, Told, figures_of, run
-from jobs.bench_kills import WorkerProcess, kill_worker, worker_processes
-from jobs.bench_recovery import compare, recovery_seconds, steps_for
+from jobs.bench.circumstances import BenchResult
+from jobs.bench.corpus import prose, write_corpus
+from jobs.bench.goodput import GOALS, Config, GoodputResult, Mode, Told, figures_of, run
+from jobs.bench.kills import WorkerProcess, kill_worker, worker_processes
+from jobs.bench.recovery import compare, recovery_seconds, steps_for
 from pipelines.manifest import read_manifest
 from pipelines.train.account import account_of
 from pipelines.train.config import TrainConfig

@@ -22,10 +22,10 @@ from blt.local_encoder import CrossAttentionConfig, HashEmbeddingConfig
 from blt.model import BLTConfig
 from blt.optim import OptimizerConfig
 from blt.patching import PatchRule
-from jobs.bench_circumstances import BenchResult, circumstances, working_directory
-from jobs.bench_corpus import prose, write_corpus
-from jobs.bench_kills import Killer
-from jobs.bench_recovery import compare, recovery_seconds, steps_for
+from jobs.bench.circumstances import BenchResult, circumstances, working_directory
+from jobs.bench.corpus import prose, write_corpus
+from jobs.bench.kills import Killer
+from jobs.bench.recovery import compare, recovery_seconds, steps_for
 from jobs.ray_session import ray_session
 from pipelines.patch.dataset import patch_dataset
 from pipelines.patch.plan import PatchConfig

@@ -10,10 +10,10 @@ from blt.entropy_model import EntropyModel, EntropyModelConfig
 from blt.errors import ConfigError, DataError
 from blt.layers import TransformerConfig
 from blt.patching import PatchRule
-from jobs.bench_actors import PoolRun, UnitClock
-from jobs.bench_corpus import sample_texts, write_corpus
-from jobs.bench_files import parquet_bytes_per_cpu_second, reader_bytes_per_cpu_second, stored_bytes
-from jobs.bench_patch import GOALS, Config, run
+from jobs.bench.actors import PoolRun, UnitClock
+from jobs.bench.corpus import sample_texts, write_corpus
+from jobs.bench.files import parquet_bytes_per_cpu_second, reader_bytes_per_cpu_second, stored_bytes
+from jobs.bench.patch import GOALS, Config, run
 from pipelines.manifest import read_manifest
 from pipelines.patch.commit import Commit
 from pipelines.patch.plan import PatchConfig
