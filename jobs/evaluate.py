@@ -141,8 +141,8 @@ def _result(evaluation: Evaluation) -> JobResult:
             **{f"bpb_{name.replace(' -', '_').replace('-', '_')}": round(value, 4) for name, value in bpb.items()},
             **_rounded("accuracy", evaluation.accuracy),
             **_rounded("one_byte_share", evaluation.one_byte_share),
-            **_rounded("flops_per_byte", evaluation.flops_per_byte, 0),
-            **_rounded("entropy_model_flops_per_byte", evaluation.entropy_model_flops_per_byte, 0),
+            **_rounded("flops_per_byte", evaluation.flops_per_byte, None),
+            **_rounded("entropy_model_flops_per_byte", evaluation.entropy_model_flops_per_byte, None),
             **_noise_figures(evaluation),
             **_sample_figures(evaluation),
             **_row_figures(evaluation),
@@ -177,5 +177,5 @@ def _row_figures(evaluation: Evaluation) -> dict[str, float]:
     }
 
 
-def _rounded(name: str, value: float | None, digits: int = 4) -> dict[str, float]:
+def _rounded(name: str, value: float | None, digits: int | None = 4) -> dict[str, float]:
     return {} if value is None else {name: round(value, digits)}

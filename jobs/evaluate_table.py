@@ -92,7 +92,7 @@ def _by_language(evaluation: Evaluation) -> list[tuple[str, PartFigures]]:
 def _bpb_table(kind: str, parts: Sequence[tuple[str, PartFigures]]) -> TextTable:
     baselines = list(parts[-1][1].baselines)
     return TextTable(
-        title="Bits per byte",
+        title=f"Bits per byte by {kind}",
         columns=(kind, "documents", "bytes", "BLT", "95 % interval", "accuracy", "entropy model", *baselines),
         rows=tuple(
             (
@@ -109,7 +109,7 @@ def _bpb_table(kind: str, parts: Sequence[tuple[str, PartFigures]]) -> TextTable
 
 def _patch_table(kind: str, parts: Sequence[tuple[str, PartFigures]]) -> TextTable:
     return TextTable(
-        title="Patches, and FLOPs for each byte, forward",
+        title=f"Patches by {kind}, and FLOPs for each byte, forward",
         columns=(kind, "patches", "mean bytes", "one byte", "BLT FLOPs", "entropy model FLOPs", "FLOPs"),
         rows=tuple(
             (

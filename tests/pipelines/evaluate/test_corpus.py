@@ -130,6 +130,25 @@ def test_rows_that_are_no_documents_are_counted_and_listed(model: str, tmp_path:
         assert not (out / RAW).exists()
 
 
+def test_a_file_in_ranges_gives_what_it_gives_whole(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.dumps({"text": "word " * (n % 7), "id": f"{n}"}) if n % 5 else "no json" for n in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    config, file = dataclasses.replace(CONFIG, noise=("repeat",)), str(tmp_path / "a.jsonl")
+    whole = evaluate_here(config, model, corpus(tmp_path, a=file))
+    listed = (tmp_path / "out" / "quarantine.jsonl").read_bytes()
+    assert [json.loads(line)["line"] for line in listed.splitlines()] == [n + 1 for n in range(0, 40, 5)]
+    monkeypatch.setattr("pipelines.evaluate.corpus._LEAST_UNIT_BYTES", 100)
+    documents = corpus(tmp_path, a=file)
+    assert len(documents.units()) > 10
+    parts = evaluate_here(config, model, documents)
+    assert compared(parts) == compared(whole)
+    assert parts.nats == pytest.approx(whole.nats, rel=1e-6)  # float32, other batches
+    assert (parts.rows, parts.baselines) == (whole.rows, whole.baselines)
+    assert (tmp_path / "out" / "quarantine.jsonl").read_bytes() == listed
+
+
 def test_an_input_without_a_byte_is_refused_and_its_rows_are_listed(model: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"txt": "a"}\n{"txt": "b"}\n')
     with pytest.raises(DataError, match=r"2 rows read, 2 refused, 0 filtered out; first refused: a.jsonl \(offset 0\)"):
