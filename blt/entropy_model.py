@@ -23,7 +23,7 @@ STREAM_BYTES = 8192
 small enough for float32 angles and are a function of the place in the document alone."""
 
 Measure = Callable[[Tensor, Tensor], Tensor]
-"""Logits [T,V] and the ids [T] that come next in, one value for each position [T] out."""
+"""Logits [T,V] and the ids [T] that come next in, one value, or a row of them, for each position [T, ...] out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +146,19 @@ def document_nats(
     return _measured(model, documents, _next_byte_nats, reset_on_newline, row_bytes)
 
 
+@torch.inference_mode()
+def document_entropies_and_nats(
+    model: EntropyModel, documents: Sequence[bytes], *, reset_on_newline: bool = False, row_bytes: int = STREAM_BYTES
+) -> list[tuple[Tensor, Tensor]]:
+    """What `document_entropies` and `document_nats` give for each document, from one pass of the model."""
+    both = _measured(model, documents, _entropy_and_nats, reset_on_newline, row_bytes)
+    return [(values[:, 0], values[:, 1]) for values in both]
+
+
+def _entropy_and_nats(logits: Tensor, next_ids: Tensor) -> Tensor:
+    return torch.stack((next_byte_entropy(logits), _next_byte_nats(logits, next_ids)), -1)
+
+
 def _next_byte_nats(logits: Tensor, next_ids: Tensor) -> Tensor:
     return F.cross_entropy(logits, next_ids, reduction="none").float()
 
@@ -153,17 +166,22 @@ def _next_byte_nats(logits: Tensor, next_ids: Tensor) -> Tensor:
 def _measured(
     model: EntropyModel, documents: Sequence[bytes], measure: Measure, reset_on_newline: bool, row_bytes: int
 ) -> list[Tensor]:
-    """What `measure` makes of the logits at BOS and at each byte of each document: [n + 1] on the CPU."""
+    """What `measure` makes of the logits at BOS and at each byte of each document: [n + 1, ...] on the CPU."""
     if row_bytes < 1:
         raise ValueError(f"row_bytes must be at least 1, got {row_bytes}")
     row_bytes = min(row_bytes, STREAM_BYTES)
     runs = [run for document in documents for run in _contexts(document, reset_on_newline)]
-    parts: list[Tensor] = []
+    lengths = [len(document) + 1 for document in documents]
+    values, filled = torch.empty(0), 0
     for row in _rows(runs, row_bytes):
-        alone = len(row) == 1
-        parts.append(_stream(model, row[0], row_bytes, measure) if alone else _packed(model, row, measure))
-    values = torch.cat(parts) if parts else torch.empty(0)
-    return list(values.split([len(document) + 1 for document in documents]))
+        for part in _stream(model, row[0], row_bytes, measure) if len(row) == 1 else [_packed(model, row, measure)]:
+            if not filled:
+                # Filled in place: small parts that are kept between the logits of one chunk and those of the next
+                # fragment the heap; a document of 3 MB took 3 GB.
+                values = part.new_empty((sum(lengths), *part.shape[1:]))
+            values[filled : filled + len(part)] = part
+            filled += len(part)
+    return list(values.split(lengths))
 
 
 def _contexts(document: bytes, reset_on_newline: bool) -> Iterator[Tensor]:
@@ -202,11 +220,9 @@ def _packed(model: EntropyModel, row: Sequence[Tensor], measure: Measure) -> Ten
     return measure(logits[0], next_ids).cpu()
 
 
-def _stream(model: EntropyModel, run: Tensor, row_bytes: int, measure: Measure) -> Tensor:
-    """Values [n] of one run in chunks of at most row_bytes."""
+def _stream(model: EntropyModel, run: Tensor, row_bytes: int, measure: Measure) -> Iterator[Tensor]:
+    """Values [n] of one run, in chunks of at most row_bytes."""
     stream = ContextStream(model)
-    parts = []
     for chunk in run.split(row_bytes, dim=1):
         ids, next_ids = chunk.to(model.output.weight.device)
-        parts.append(measure(stream.feed(ids), next_ids).cpu())
-    return torch.cat(parts)
+        yield measure(stream.feed(ids), next_ids).cpu()

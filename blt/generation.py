@@ -8,7 +8,7 @@ Shapes: B documents, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,25 +39,29 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     stop: bytes | Sequence[bytes] = (),
 ) -> bytes | list[bytes]:
     """The continuation of a prompt, or the list of those of several, without the prompt.
 
     It ends at EOS, before the first stop string that is found in it, or after `max_new_bytes`, the bytes of a stop
     string counted. Temperature 0 is greedy; other draws use `top_k`, then `top_p`, and `seed`. Every prompt has its own
-    draws from the same seed, so its continuation is that of a call of its own, whatever the other prompts are (up to
-    the first byte that rounding decides: sums of several rows round otherwise than those of one); several samples of
-    one prompt take several seeds. A prompt may be empty. Neither prompt nor output need be valid UTF-8.
+    draws, from the same seed or from one for each prompt, so its continuation is that of a call of its own, whatever
+    the other prompts are (up to the first byte that rounding decides: sums of several rows round otherwise than those
+    of one); several samples of one prompt take several seeds. A prompt may be empty. Neither prompt nor output need be
+    valid UTF-8.
 
-    Raises ConfigError for an argument out of range, a prompt or stop string that is not bytes, a rule of kind top_k
-    (it looks ahead), and a rule that reads entropies where `lm` has no entropy model.
+    Raises ConfigError for an argument out of range, a prompt or stop string that is not bytes, seeds that are not as
+    many as the prompts, a rule of kind top_k (it looks ahead), and a rule that reads entropies where `lm` has no
+    entropy model.
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     single = isinstance(prompts, bytes | bytearray | memoryview)
     checked = [_checked_bytes(prompt, "prompts") for prompt in ([prompts] if single else prompts)]
+    seeds = [seed] * len(checked) if seed is None or isinstance(seed, int) else seed
     found = [b""] * len(checked)
-    for document, piece in continuations(lm, checked, max_new_bytes=max_new_bytes, sampling=sampling, stop=stop):
+    pieces = continuations(lm, checked, max_new_bytes=max_new_bytes, sampling=sampling, seeds=seeds, stop=stop)
+    for document, piece in pieces:
         found[document] += piece.data
     return found[0] if single else found
 
@@ -78,9 +82,9 @@ def stream(
     A piece is one byte, or some that were held back because they could have opened a stop string. Arguments and errors
     are those of `generate`; they are checked before the first piece is asked for.
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     checked = _checked_bytes(prompt, "prompt")
-    found = continuations(lm, [checked], max_new_bytes=max_new_bytes, sampling=sampling, stop=stop)
+    found = continuations(lm, [checked], max_new_bytes=max_new_bytes, sampling=sampling, seeds=[seed], stop=stop)
     return (piece.data for _, piece in found)
 
 
@@ -90,17 +94,22 @@ def continuations(
     *,
     max_new_bytes: int,
     sampling: Sampling,
+    seeds: Sequence[int | None] | None = None,
     stop: bytes | Sequence[bytes] = (),
 ) -> Iterator[tuple[int, Piece]]:
     """What `generate` returns as it is found, with its patch starts: pieces, each with the index of its prompt.
 
-    Errors are those of `generate`, and come before the first piece is asked for.
+    seeds: one for each prompt; None: that of `sampling` for all. Errors are those of `generate`, and come before the
+    first piece is asked for.
     """
     stops = _stop_strings(stop)
     checked = [_checked_bytes(prompt, "prompts") for prompt in prompts]
     if max_new_bytes < 0:
         raise ConfigError(f"max_new_bytes must be at least 0, got {max_new_bytes}")
-    return _pieces(Decoder(lm, len(checked)), checked, max_new_bytes, sampling, stops)
+    seeds = [sampling.seed] * len(checked) if seeds is None else seeds
+    if len(seeds) != len(checked):
+        raise ConfigError(f"seed must be one number, or one for each of {len(checked)} prompts, got {len(seeds)}")
+    return _pieces(Decoder(lm, len(checked)), checked, max_new_bytes, sampling, seeds, stops)
 
 
 class Decoder:
@@ -138,10 +147,15 @@ class Decoder:
 
 
 def _pieces(
-    decoder: Decoder, prompts: Sequence[bytes], max_new_bytes: int, sampling: Sampling, stops: Sequence[bytes]
+    decoder: Decoder,
+    prompts: Sequence[bytes],
+    max_new_bytes: int,
+    sampling: Sampling,
+    seeds: Sequence[int | None],
+    stops: Sequence[bytes],
 ) -> Iterator[tuple[int, Piece]]:
     """Pieces of the continuations as they are found, each with the index of its prompt."""
-    writers = [Continuation(stops, sampling.generator()) for _ in prompts]
+    writers = [Continuation(stops, replace(sampling, seed=seed).generator()) for seed in seeds]
     going, ids = list(range(len(prompts))), list[int]()
     for num_bytes in range(max_new_bytes if prompts else 0):
         logits_BV = decoder.open(prompts) if num_bytes == 0 else decoder.step(ids)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import yaml
 
+from jobs.evaluate_table import sample_line, tables
 from jobs.page import render_page
 from jobs.passage_layout import COLUMN_WIDTH, CURVE_HEIGHT, Layout, lay_out
 from jobs.report_calibration import all_rows, calibration_charts, chosen_rows, drawn_sources
@@ -60,6 +61,8 @@ def render(run: Run, title: str, view: PatchView | None, left_out: Sequence[str]
         rows=summary_rows(run),
         stages=stage_rows(run),
         comparisons=_bars(run),
+        evaluation_tables=tables(run.evaluation) if run.evaluation is not None else [],
+        sample_line=sample_line(run.evaluation) if run.evaluation is not None else None,
         view=view,
         layout=layout,
         threshold=threshold,

@@ -1,17 +1,18 @@
-"""Scoring: a BLT and a row group of patched documents in, the nats that each document cost out.
+"""Scoring: a BLT and a row group of patched documents in, the nats and hits of each document out.
 
 A document is read in windows of at most S patches and T bytes; a window that does not open its document begins with
 context that an earlier window scored. Every byte and EOS is scored once. Shapes: D documents, B rows, T bytes.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from blt.loss import NO_TARGET, row_cross_entropy
+from blt.loss import NO_TARGET, row_cross_entropy, row_hits
 from blt.model import BLT
 from pipelines.train.batch import make_batch
 from pipelines.train.packing import Integers, RowGroup, document_windows
@@ -19,18 +20,29 @@ from pipelines.train.packing import Integers, RowGroup, document_windows
 Nats = npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DocumentScores:
+    """What a model makes of each of some documents."""
+
+    nats: Nats
+    """Of the bytes and the EOS: [D]."""
+    hits: Integers
+    """Bytes that were the most likely next id: [D]."""
+
+
 @torch.inference_mode()
 def score_documents(
     model: BLT, group: RowGroup, *, sequence_patches: int, sequence_bytes: int, batch_bytes: int
-) -> Nats:
-    """Nats of each document's bytes and EOS, float64 [D], on whatever device the model is.
+) -> DocumentScores:
+    """The scores of each document, on whatever device the model is.
 
     Windows of like length share a batch of at most `batch_bytes`, padding included. DataError if a patch is longer
     than a window.
     """
     windows = list(document_windows(group, sequence_patches, sequence_bytes))
     num_documents = len(group.borders) - 1
-    nats, targets = np.zeros(num_documents), np.zeros(num_documents, np.int64)
+    nats = np.zeros(num_documents)
+    hits, targets = np.zeros(num_documents, np.int64), np.zeros(num_documents, np.int64)
     begins, ends = np.asarray([(window.begin, window.end) for window in windows], np.int64).reshape(-1, 2).T
     document_of = np.searchsorted(group.borders, begins, side="right") - 1
     device = next(model.parameters()).device
@@ -39,9 +51,10 @@ def score_documents(
         assert batch.patch_lengths_BP is not None
         logits_BTV = model(batch.byte_ids_BT, batch.patch_lengths_BP, batch.document_ids_BT)
         np.add.at(nats, document_of[chosen], row_cross_entropy(logits_BTV, batch.targets_BT).cpu().numpy())
+        np.add.at(hits, document_of[chosen], row_hits(logits_BTV, batch.targets_BT).cpu().numpy())
         np.add.at(targets, document_of[chosen], (batch.targets_BT != NO_TARGET).sum(1).cpu().numpy())
     assert np.array_equal(targets, document_lengths(group) + 1), "every byte and EOS is a target once"
-    return nats
+    return DocumentScores(nats=nats, hits=hits)
 
 
 def document_lengths(group: RowGroup) -> Integers:
@@ -54,6 +67,16 @@ def document_patches(group: RowGroup) -> Integers:
     starts = group.patch_starts(0, len(group.borders) - 1)
     eos = np.asarray(group.borders[1:], np.int64) - 1
     return np.searchsorted(starts, eos) - np.searchsorted(starts, group.borders[:-1], side="right")
+
+
+def document_one_byte_patches(group: RowGroup) -> Integers:
+    """Patches of one byte among those of each document [D], EOS not counted to the last one."""
+    bos, eos = np.asarray(group.borders[:-1], np.int64), np.asarray(group.borders[1:], np.int64) - 1
+    starts = group.patch_starts(0, len(group.borders) - 1)
+    borders = np.union1d(starts, eos)  # a document's last patch ends before its EOS
+    alone = borders[:-1][np.diff(borders) == 1]
+    alone = alone[~np.isin(alone, np.concatenate((bos, eos)))]
+    return np.searchsorted(alone, eos) - np.searchsorted(alone, bos)
 
 
 def document_texts(group: RowGroup) -> list[bytes]:

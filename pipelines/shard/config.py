@@ -1,4 +1,4 @@
-"""The settings of `shard`, checked when they are made."""
+"""The settings of a corpus and of `shard`, checked when they are made."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -37,8 +37,8 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardConfig:
-    """How a corpus becomes document shards; all but the inputs and `stall_seconds` decides the bytes of the dataset."""
+class CorpusConfig:
+    """Which files are a corpus, and which of their rows are its documents."""
 
     input: tuple[str, ...] = ()
     """Files, globs (** for any depth) or directories, local or s3://; for a corpus of one source."""
@@ -55,43 +55,22 @@ class ShardConfig:
     invalid_utf8: InvalidUtf8 = "quarantine"
     """keep: bytes that are not UTF-8 stay as they are, and a lone surrogate in JSON becomes its three bytes."""
     sources: tuple[SourceConfig, ...] = ()
-    """In place of the six keys above: several sources, each counted and sharded on its own."""
-    valid_fraction: float = 0.05
-    """Share of the documents, by a hash of their content, that is held out as the valid split; above 0 and below 1."""
-    dedup: bool = False
-    """Of equal documents, byte for byte and in all sources, keep the first by source name, file name and offset."""
-    shard_bytes: int = 64 * 2**20
-    """Text bytes of a shard, exceeded by at most one document, since documents are never cut."""
-    row_group_bytes: int = 8 * 2**20
-    """Most text bytes of a Parquet row group, the unit of random access (a longer document has one of its own)."""
-    group_bytes: int = 128 * 2**20
-    """Text bytes that one task shuffles and holds in memory at a time; larger mixes better and needs more memory. Large
-    uncompressed files are cut into ranges of this size."""
+    """In place of the six keys above: several sources, each counted on its own."""
     max_line_bytes: int = 64 * 2**20
     """Longest line of JSON, whole file or Parquet text; a longer one is quarantined. At most 1 GiB."""
     min_bytes: int = 1
     """Shortest document; a shorter one is filtered out and counted."""
     max_bytes: int | None = None
     """Longest document; a longer one is filtered out and counted."""
-    seed: int = 0
-    """Seed of the shuffle."""
-    stall_seconds: float = 7200.0
-    """Fail when no group of files finishes for this long."""
 
     def __post_init__(self) -> None:
         self._check_sources()
-        for name in ("shard_bytes", "row_group_bytes", "group_bytes", "max_line_bytes", "min_bytes"):
+        for name in ("max_line_bytes", "min_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_bytes is not None and self.max_bytes < self.min_bytes:
             raise ConfigError(f"max_bytes must be at least min_bytes={self.min_bytes}, got {self.max_bytes}")
-        if self.stall_seconds <= 0:
-            raise ConfigError(f"stall_seconds must be above 0, got {self.stall_seconds}")
-        if not 0 < self.valid_fraction < 1:
-            raise ConfigError(f"valid_fraction must be above 0 and below 1, got {self.valid_fraction}")
-        for name in ("max_line_bytes", "row_group_bytes"):
-            if getattr(self, name) > MAX_ROW_GROUP_BYTES:
-                raise ConfigError(f"{name} must be at most {MAX_ROW_GROUP_BYTES} (1 GiB), got {getattr(self, name)}")
+        check_longest("max_line_bytes", self.max_line_bytes)
 
     @property
     def all_sources(self) -> tuple[SourceConfig, ...]:
@@ -120,7 +99,7 @@ class ShardConfig:
                 raise ConfigError(f"source must be printable and not empty, got {self.source!r}")
             check_reading(self)
             return
-        for field in dataclasses.fields(ShardConfig):
+        for field in dataclasses.fields(CorpusConfig):
             if field.name == "sources":
                 break
             if getattr(self, field.name) != field.default:
@@ -130,7 +109,45 @@ class ShardConfig:
             raise ConfigError(f"sources must have distinct names, {shared[0]!r} is given more than once")
 
 
-def check_reading(config: SourceConfig | ShardConfig) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig(CorpusConfig):
+    """How a corpus becomes document shards; all but the inputs and `stall_seconds` decides the bytes of the dataset."""
+
+    valid_fraction: float = 0.05
+    """Share of the documents, by a hash of their content, that is held out as the valid split; above 0 and below 1."""
+    dedup: bool = False
+    """Of equal documents, byte for byte and in all sources, keep the first by source name, file name and offset."""
+    shard_bytes: int = 64 * 2**20
+    """Text bytes of a shard, exceeded by at most one document, since documents are never cut."""
+    row_group_bytes: int = 8 * 2**20
+    """Most text bytes of a Parquet row group, the unit of random access (a longer document has one of its own)."""
+    group_bytes: int = 128 * 2**20
+    """Text bytes that one task shuffles and holds in memory at a time; larger mixes better and needs more memory. Large
+    uncompressed files are cut into ranges of this size."""
+    seed: int = 0
+    """Seed of the shuffle."""
+    stall_seconds: float = 7200.0
+    """Fail when no group of files finishes for this long."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("shard_bytes", "row_group_bytes", "group_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.stall_seconds <= 0:
+            raise ConfigError(f"stall_seconds must be above 0, got {self.stall_seconds}")
+        if not 0 < self.valid_fraction < 1:
+            raise ConfigError(f"valid_fraction must be above 0 and below 1, got {self.valid_fraction}")
+        check_longest("row_group_bytes", self.row_group_bytes)
+
+
+def check_longest(name: str, size_bytes: int) -> None:
+    """ConfigError for more than Arrow can hold in a row group."""
+    if size_bytes > MAX_ROW_GROUP_BYTES:
+        raise ConfigError(f"{name} must be at most {MAX_ROW_GROUP_BYTES} (1 GiB), got {size_bytes}")
+
+
+def check_reading(config: SourceConfig | CorpusConfig) -> None:
     """ConfigError unless the keys that say what to read and how fit together."""
     if not config.input or not all(config.input):
         raise ConfigError("input must name at least one file, glob or directory")

@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 
-from blt.errors import ConfigError, DataError
+from blt.errors import DataError
 from pipelines.manifest import MANIFEST_PATH, Manifest, ShardEntry, SourceCounts, read_manifest, write_manifest
 from pipelines.shard.config import ShardConfig
 from pipelines.shard.dedup import find_duplicates
 from pipelines.shard.duplicates import Duplicates
-from pipelines.shard.files import is_hidden, searched_directory
+from pipelines.shard.files import refuse_output_in_input
 from pipelines.shard.group import GroupReceipt, read_receipt, receipt_path, write_group
 from pipelines.shard.plan import Group, ShardPlan
 from pipelines.shard.quarantine import QUARANTINE, RAW_QUARANTINE, finish_quarantine, lines_before
@@ -35,7 +35,8 @@ def shard_corpus(plan: ShardPlan, config: ShardConfig, output: str, on_progress:
     begun with other settings or other inputs.
     """
     storage = Storage(output)
-    _refuse_output_in_input(plan, config, storage)
+    entries = (entry for source in config.all_sources for entry in source.input)
+    refuse_output_in_input(storage.root_uri, entries, (file for files in plan.files.values() for file in files))
     _freeze(plan, storage)
     stood = storage.exists(MANIFEST_PATH)
     try:
@@ -152,18 +153,6 @@ def _finish_one(unit: bytes, *, storage: Storage) -> bytes:
     name, before = msgspec.json.decode(unit, type=tuple[str, list[int]])
     finish_quarantine(name, before, storage)
     return b""
-
-
-def _refuse_output_in_input(plan: ShardPlan, config: ShardConfig, storage: Storage) -> None:
-    """A second run would read what the first one wrote."""
-    root = storage.root_uri + "/"
-    for entry in (entry for source in config.all_sources for entry in source.input):
-        base = searched_directory(entry)
-        if base is not None and root.startswith(base + "/") and not is_hidden(root.removeprefix(base + "/")):
-            raise ConfigError(f"output {storage.root_uri} lies inside input {entry}: choose another output")
-    for file in (file for files in plan.files.values() for file in files):
-        if file.url.startswith(root):
-            raise ConfigError(f"input file {file.url} lies inside the output {storage.root_uri}: choose another output")
 
 
 def _freeze(plan: ShardPlan, storage: Storage) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Literal
 
 import fsspec
 
-from blt.errors import DataError
+from blt.errors import ConfigError, DataError
 from pipelines.filesystem import full_url, open_reader, resolve, storage_errors
 from pipelines.shard.config import SourceConfig, SourceFormat
 
@@ -89,6 +89,20 @@ def searched_directory(entry: str) -> str | None:
     with storage_errors(full_url(filesystem, path)):
         base = path if filesystem.isdir(path) else _fixed_part(path) if "**" in path else None
     return None if base is None else full_url(filesystem, base).rstrip("/")
+
+
+def refuse_output_in_input(output: str, entries: Iterable[str], files: Iterable[InputFile]) -> None:
+    """ConfigError if what is written below `output` would be found by one of the inputs `entries`, which have found
+    `files`: a second run would read what the first one wrote.
+    """
+    root = output + "/"
+    for entry in entries:
+        base = searched_directory(entry)
+        if base is not None and root.startswith(base + "/") and not is_hidden(root.removeprefix(base + "/")):
+            raise ConfigError(f"output {output} lies inside input {entry}: choose another output")
+    for file in files:
+        if file.url.startswith(root):
+            raise ConfigError(f"input file {file.url} lies inside the output {output}: choose another output")
 
 
 def is_hidden(name: str) -> bool:

@@ -6,6 +6,7 @@ are hidden from it behind a byte that it passes through, and that byte behind it
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -36,23 +37,28 @@ class RefusedError(ValueError):
 
 
 class TextDecoder:
-    """Takes the text and the id out of JSON objects; only these two keys are looked at, and nothing else is built."""
+    """Takes the text, the id and, where it has a key, a label out of JSON objects; no other key is looked at, and
+    nothing else is built.
+    """
 
-    def __init__(self, text_key: str, id_key: str, keep_invalid: bool) -> None:
-        names = {"text": text_key, "id": id_key}
-        doc_id = ("id", msgspec.Raw, msgspec.Raw(b"null"))
-        strict = msgspec.defstruct("Record", [("text", str), doc_id], rename=names)
-        raw = msgspec.defstruct("Record", [("text", msgspec.Raw), doc_id], rename=names)
+    def __init__(self, text_key: str, id_key: str, keep_invalid: bool, label_key: str | None = None) -> None:
+        names = {"text": text_key, "id": id_key} | ({} if label_key is None else {"label": label_key})
+        labels = [(name, msgspec.Raw, msgspec.Raw(b"null")) for name in names if name != "text"]
+        strict = msgspec.defstruct("Record", [("text", str), *labels], rename=names)
+        raw = msgspec.defstruct("Record", [("text", msgspec.Raw), *labels], rename=names)
         self._strict: msgspec.json.Decoder[Any] = msgspec.json.Decoder(strict)
         self._raw: msgspec.json.Decoder[Any] = msgspec.json.Decoder(raw)
-        self._keep_invalid = keep_invalid
+        self._keep_invalid, self._has_label = keep_invalid, label_key is not None
 
     def decode(self, line: bytes) -> tuple[bytes, str | None]:
         """The text's bytes and the id of one object. RefusedError, with a reason of one line, if it has no text."""
+        return self.decode_labelled(line)[:2]
+
+    def decode_labelled(self, line: bytes) -> tuple[bytes, str | None, str | None]:
+        """As `decode`, and the label as text, None where the object has none."""
         try:
             record = self._strict.decode(line)
-            raw_id = bytes(record.id)
-            return record.text.encode(), msgspec.json.decode(raw_id, type=str) if raw_id[:1] == b'"' else _id(raw_id)
+            return record.text.encode(), _valid_id(bytes(record.id)), self._label(record, _valid_id)
         except UnicodeDecodeError as error:
             if not self._keep_invalid:
                 raise RefusedError("not valid UTF-8") from error
@@ -79,10 +85,13 @@ class TextDecoder:
             return False
         return True
 
-    def _decode_kept(self, line: bytes) -> tuple[bytes, str | None]:
+    def _label(self, record: Any, read: Callable[[bytes], str | None]) -> str | None:
+        return read(bytes(record.label)) if self._has_label else None
+
+    def _decode_kept(self, line: bytes) -> tuple[bytes, str | None, str | None]:
         try:
             record = self._raw.decode(hide_surrogates(line))
-            return _string(bytes(record.text)), _id(bytes(record.id))
+            return _string(bytes(record.text)), _id(bytes(record.id)), self._label(record, _id)
         except msgspec.ValidationError as error:
             raise RefusedError(f"{error}{_keys_of(line)}") from error
         except msgspec.DecodeError as error:
@@ -124,6 +133,11 @@ def _string(raw: bytes) -> bytes:
     if raw[:1] != b'"':
         msgspec.json.decode(raw, type=str)  # says what it is instead
     return unescape(raw[1:-1])
+
+
+def _valid_id(raw: bytes) -> str | None:
+    """As `_id`, of a line that the parser has accepted as it is."""
+    return msgspec.json.decode(raw, type=str) if raw[:1] == b'"' else _id(raw)
 
 
 def _id(raw: bytes) -> str | None:

@@ -29,13 +29,17 @@ class ParquetRow:
     """From 0, in the file."""
     text: bytes | None = None
     doc_id: str | None = None
+    label: str | None = None
     reason: str = ""
     """Why there is no text."""
     rows: int = 1
 
 
-def read_parquet(stream: SourceReader, unit: Unit, source: SourceConfig, max_line_bytes: int) -> Iterator[ParquetRow]:
+def read_parquet(
+    stream: SourceReader, unit: Unit, source: SourceConfig, max_line_bytes: int, label_key: str | None = None
+) -> Iterator[ParquetRow]:
     """Every row of the unit in order. What concerns a whole file is told in the unit that begins at its start."""
+    keys = [source.text_key, source.id_key, *([] if label_key is None else [label_key])]
     try:
         parquet = pq.ParquetFile(stream, pre_buffer=False, buffer_size=_READ_BYTES)
     except MemoryError:
@@ -45,7 +49,7 @@ def read_parquet(stream: SourceReader, unit: Unit, source: SourceConfig, max_lin
             yield ParquetRow(0, reason=f"damaged Parquet file, all of it is lost: {one_line(error)}")
         return
     metadata, names = parquet.metadata, parquet.schema_arrow.names
-    if reason := _unusable(names, source):
+    if reason := _unusable(names, keys):
         if not unit.start:
             yield ParquetRow(0, reason=reason, rows=max(1, metadata.num_rows))
         return
@@ -53,7 +57,7 @@ def read_parquet(stream: SourceReader, unit: Unit, source: SourceConfig, max_lin
     for group in range(metadata.num_row_groups):
         num_rows = metadata.row_group(group).num_rows
         if _starts_in(unit, metadata.row_group(group)):
-            yield from _row_group(parquet, group, first, num_rows, source, max_line_bytes)
+            yield from _row_group(parquet, group, first, num_rows, source, max_line_bytes, keys)
         first += num_rows
 
 
@@ -68,11 +72,17 @@ def _starts_in(unit: Unit, row_group: pq.RowGroupMetaData) -> bool:
 
 
 def _row_group(
-    parquet: pq.ParquetFile, group: int, first: int, num_rows: int, source: SourceConfig, max_line_bytes: int
+    parquet: pq.ParquetFile,
+    group: int,
+    first: int,
+    num_rows: int,
+    source: SourceConfig,
+    max_line_bytes: int,
+    keys: Sequence[str],
 ) -> Iterator[ParquetRow]:
     """The rows of one row group, of which the first is `first` of the file."""
     row, end = first, first + num_rows
-    columns = [name for name in (source.text_key, source.id_key) if name in parquet.schema_arrow.names]
+    columns = [name for name in keys if name in parquet.schema_arrow.names]
     damage = "they end early"
     try:
         for batch in parquet.iter_batches(
@@ -81,8 +91,9 @@ def _row_group(
             columns=columns,
             use_threads=False,
         ):
-            for text, doc_id in zip(_texts(batch, source), _ids(batch, source), strict=True):
-                yield _row(row, text, doc_id, source, max_line_bytes)
+            labels = [_labels(batch, key) for key in (source.id_key, *keys[2:])]
+            for text, doc_id, *label in zip(_texts(batch, source), *labels, strict=True):
+                yield _row(row, text, doc_id, label[0] if label else None, source, max_line_bytes)
                 row += 1
     except MemoryError:
         raise
@@ -98,11 +109,11 @@ def _batch_rows(row_group: pq.RowGroupMetaData) -> int:
     return max(1, min(_BATCH_ROWS, int(_BATCH_BYTES * row_group.num_rows // max(1, row_group.total_byte_size))))
 
 
-def _unusable(names: Sequence[str], source: SourceConfig) -> str | None:
-    """Why a file of these columns yields no documents, or None."""
-    if source.text_key not in names:
-        return f"no column {source.text_key!r} (columns: {', '.join(names[:8])})"
-    twice = [key for key in (source.text_key, source.id_key) if names.count(key) > 1]
+def _unusable(names: Sequence[str], keys: Sequence[str]) -> str | None:
+    """Why a file of these columns yields no documents, or None; the first key is that of the text."""
+    if keys[0] not in names:
+        return f"no column {keys[0]!r} (columns: {', '.join(names[:8])})"
+    twice = [key for key in keys if names.count(key) > 1]
     return f"more than one column {twice[0]!r}" if twice else None
 
 
@@ -112,16 +123,16 @@ def _texts(batch: pa.RecordBatch, source: SourceConfig) -> list[Any]:
     return (column.cast(pa.large_binary()) if _is_string(column.type) else column).to_pylist()  # type: ignore[no-any-return]
 
 
-def _ids(batch: pa.RecordBatch, source: SourceConfig) -> list[str | None]:
-    """The ids as text; they are labels, so bytes that are no text are replaced."""
-    if source.id_key not in batch.schema.names:
+def _labels(batch: pa.RecordBatch, key: str) -> list[str | None]:
+    """Ids or other labels as text; bytes that are no text are replaced."""
+    if key not in batch.schema.names:
         return [None] * batch.num_rows
-    column = _plain(batch.column(source.id_key))
+    column = _plain(batch.column(key))
     values = (column.cast(pa.large_binary()) if _is_string(column.type) else column).to_pylist()
-    return [_id(value) for value in values]
+    return [_label(value) for value in values]
 
 
-def _id(value: object) -> str | None:
+def _label(value: object) -> str | None:
     if value is None:
         return None
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
@@ -135,10 +146,12 @@ def _is_string(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _row(row: int, text: object, doc_id: str | None, source: SourceConfig, max_line_bytes: int) -> ParquetRow:
+def _row(
+    row: int, text: object, doc_id: str | None, label: str | None, source: SourceConfig, max_line_bytes: int
+) -> ParquetRow:
     if not isinstance(text, bytes):
         what = "null" if text is None else type(text).__name__
         return ParquetRow(row, reason=f"{source.text_key!r} is {what}, not text")
     if reason := refused(text, max_line_bytes, source.invalid_utf8 == "keep"):
         return ParquetRow(row, reason=reason)
-    return ParquetRow(row, text=text, doc_id=doc_id)
+    return ParquetRow(row, text=text, doc_id=doc_id, label=label)

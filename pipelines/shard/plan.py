@@ -104,13 +104,18 @@ def make_plan(config: ShardConfig, files: Mapping[str, Sequence[InputFile]]) -> 
     for source, members in in_order.items():
         groups += make_groups(source, members, rank, len(groups), config.group_bytes, config.seed)
         rank += len(members)
-    identity = [[source, f.name, f.size_bytes, f.sample] for source, members in in_order.items() for f in members]
     return ShardPlan(
         settings=_settings(config),
-        inputs=hashlib.sha256(msgspec.json.encode(identity)).hexdigest(),
+        inputs=inputs_fingerprint(in_order),
         files=in_order,
         groups=tuple(groups),
     )
+
+
+def inputs_fingerprint(files: Mapping[str, Sequence[InputFile]]) -> str:
+    """Hex sha256 over source, name, size and sample of each file; sources and their files come by name."""
+    identity = [[source, f.name, f.size_bytes, f.sample] for source, members in files.items() for f in members]
+    return hashlib.sha256(msgspec.json.encode(identity)).hexdigest()
 
 
 def make_groups(

@@ -51,15 +51,19 @@ def finish_quarantine(name: str, lines_before: Sequence[int], storage: Storage) 
     with storage.open(f"{RAW_QUARANTINE}/{name}") as raw, create_or_adopt(path, storage) as new:
         for line in raw:
             record = decoder.decode(line)
-            final = Record(
-                source=record.source,
-                file=record.file,
-                line=lines_before[record.unit] + record.line,
-                offset=record.offset,
-                rows=record.rows,
-                reason=record.reason,
-            )
-            new.write(encoder.encode(final) + b"\n")
+            new.write(encoder.encode(final_record(record, lines_before[record.unit])) + b"\n")
+
+
+def final_record(record: RawRecord, lines_before: int) -> Record:
+    """The record with its line counted from the start of its file; `lines_before` of its unit."""
+    return Record(
+        source=record.source,
+        file=record.file,
+        line=lines_before + record.line,
+        offset=record.offset,
+        rows=record.rows,
+        reason=record.reason,
+    )
 
 
 def lines_before(groups: Iterable[Group], num_lines: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:

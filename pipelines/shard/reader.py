@@ -24,6 +24,8 @@ class Document:
     text: bytes
     offset: int
     """Byte offset of its line in the uncompressed file; the row's index in a Parquet file; 0 for a whole file."""
+    label: str | None = None
+    """Of the reader's `label_key`; None where the row has none."""
 
 
 @dataclass(slots=True)
@@ -44,8 +46,9 @@ class UnitReader:
     Memory: one chunk and one line of at most `max_line_bytes`, however large the file is.
     """
 
-    def __init__(self, unit: Unit, source: SourceConfig, max_line_bytes: int) -> None:
+    def __init__(self, unit: Unit, source: SourceConfig, max_line_bytes: int, *, label_key: str | None = None) -> None:
         self._unit, self._file, self._source, self._max_line_bytes = unit, unit.file, source, max_line_bytes
+        self._label_key = label_key
         self.num_lines = 0
         """Lines that begin in the unit, as far as it is read; 0 where units do not consist of lines."""
 
@@ -57,7 +60,7 @@ class UnitReader:
             elif file.format == "jsonl":
                 yield from self._lines(stream)
             elif file.format == "parquet":
-                for row in read_parquet(stream, self._unit, self._source, self._max_line_bytes):
+                for row in read_parquet(stream, self._unit, self._source, self._max_line_bytes, self._label_key):
                     yield self._parquet_row(row)
             else:
                 yield self._whole_file(stream)
@@ -65,7 +68,8 @@ class UnitReader:
     def _lines(self, stream: SourceReader) -> Iterator[Document | Rejected]:
         start, end = self._unit.start, self._unit.end
         stream.seek(max(0, start - 1))
-        decoder = TextDecoder(self._source.text_key, self._source.id_key, self._source.invalid_utf8 == "keep")
+        source = self._source
+        decoder = TextDecoder(source.text_key, source.id_key, source.invalid_utf8 == "keep", self._label_key)
         content = decompressed(stream, self._file.compression)
         next_offset = start
         try:
@@ -80,10 +84,10 @@ class UnitReader:
 
     def _parse(self, line: Line, data: bytes, decoder: TextDecoder) -> Document | Rejected:
         try:
-            text, doc_id = decoder.decode(data)
+            text, doc_id, label = decoder.decode_labelled(data)
         except RefusedError as error:
             return Rejected(line.number, line.offset, str(error))
-        return Document(f"{self._file.name}:{line.offset}" if doc_id is None else doc_id, text, line.offset)
+        return Document(f"{self._file.name}:{line.offset}" if doc_id is None else doc_id, text, line.offset, label)
 
     def _whole_file(self, stream: SourceReader) -> Document | Rejected:
         content, text = decompressed(stream, self._file.compression), bytearray()
@@ -100,7 +104,8 @@ class UnitReader:
     def _parquet_row(self, row: ParquetRow) -> Document | Rejected:
         if row.text is None:
             return Rejected(row.index + 1, row.index, row.reason, row.rows)
-        return Document(f"{self._file.name}:{row.index}" if row.doc_id is None else row.doc_id, row.text, row.index)
+        doc_id = f"{self._file.name}:{row.index}" if row.doc_id is None else row.doc_id
+        return Document(doc_id, row.text, row.index, row.label)
 
     def _damaged(self) -> str:
         return f"damaged {self._file.compression} stream"

@@ -30,7 +30,7 @@ def run_tasks(
         return
     with quiet_ray_data(stall_seconds):
         rows = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units)).map(
-            functools.partial(_call, work=work), num_cpus=_CPUS_PER_TASK, memory=_placeable(memory_bytes)
+            functools.partial(_call, work=work), num_cpus=_CPUS_PER_TASK, memory=placeable(memory_bytes)
         )
         try:
             for row in rows.iter_rows():
@@ -48,5 +48,6 @@ def _call(row: dict[str, Any], *, work: Callable[[bytes], bytes]) -> dict[str, A
     return {"result": work(row["unit"])}
 
 
-def _placeable(memory_bytes: int) -> int:
+def placeable(memory_bytes: int) -> int:
+    """So much memory, or all that the largest node has: a task that asks for more would wait for ever."""
     return int(min(memory_bytes, max(node["Resources"].get("memory", 0) for node in ray.nodes())))

@@ -3,11 +3,14 @@
 Works on document shards (every byte a patch) and on patch shards (starts from the bitmap).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from blt.errors import DataError
+from pipelines.schema import pack_starts
 from pipelines.shard_file import open_shard
 from pipelines.storage import Storage
 from pipelines.train.packing import Integers, RowGroup
@@ -26,9 +29,15 @@ def read_row_group(storage: Storage, path: str, number: int, with_text: bool = T
     """
     with open_shard(storage, path, verify=False) as shard:
         columns = {"n_bytes", "patch_starts"} & set(shard.columns) | ({"text"} if with_text else set())
-        table = shard.read(number, sorted(columns)).combine_chunks()
+        table = shard.read(number, sorted(columns))
+    return decode_row_group(table, f"row group {number} of {storage.url(path)}", with_text)
+
+
+def decode_row_group(table: pa.Table, name: str, with_text: bool = True) -> RowGroup:
+    """The documents of a table with the column n_bytes, text unless it reads as zeros, and, in a patch dataset,
+    patch_starts; DataError, beginning with `name`, if they do not agree.
+    """
     lengths = table["n_bytes"].to_numpy().astype(np.int64)
-    name = f"row group {number} of {storage.url(path)}"
     text = _joined(table["text"], lengths, name) if with_text else np.zeros(int(lengths.sum()), np.uint8)
     sizes = (lengths + 8) // 8
     bits, bit_borders = None, _borders(sizes)
@@ -37,6 +46,16 @@ def read_row_group(storage: Storage, path: str, number: int, with_text: bool = T
         if not (bits[bit_borders[:-1]] & 1).all():
             raise DataError(f"{name}: in patch_starts of a document, the first byte (or EOS) does not start a patch")
     return RowGroup(text=text, borders=_borders(lengths + 2).tolist(), bits=bits, bit_borders=bit_borders.tolist())
+
+
+def joined_documents(texts: Sequence[bytes], starts: Sequence[npt.NDArray[np.bool_]]) -> RowGroup:
+    """The row group of documents that are in memory, with the n + 1 patch starts of each."""
+    columns = {
+        "n_bytes": pa.array([len(text) for text in texts], pa.int64()),
+        "text": pa.array(texts, pa.large_binary()),
+        "patch_starts": pa.array([pack_starts(one) for one in starts], pa.binary()),
+    }
+    return decode_row_group(pa.table(columns), "documents")
 
 
 def _borders(sizes: Integers) -> Integers:

@@ -21,6 +21,7 @@ from blt.entropy_model import (
     EntropyModel,
     EntropyModelConfig,
     document_entropies,
+    document_entropies_and_nats,
     document_nats,
     next_byte_entropy,
 )
@@ -174,6 +175,16 @@ def test_nats_are_of_the_distributions_of_the_entropies(reset: bool) -> None:
         expected = -torch.log_softmax(logits, -1).gather(1, next_ids[:, None])[:, 0]
         assert nats.dtype == torch.float32
         torch.testing.assert_close(nats, expected.float(), rtol=0, atol=FLOAT64)
+
+
+@pytest.mark.parametrize("row_bytes", [1, 64, 8192])
+def test_entropies_and_nats_of_one_pass_are_those_of_two(row_bytes: int) -> None:
+    model, documents = model_of(), [b"", b"a\nbc\n\n", random_document(150)]
+    entropies = document_entropies(model, documents, reset_on_newline=True, row_bytes=row_bytes)
+    nats = document_nats(model, documents, reset_on_newline=True, row_bytes=row_bytes)
+    both = document_entropies_and_nats(model, documents, reset_on_newline=True, row_bytes=row_bytes)
+    assert all(torch.equal(found, expected) for (found, _), expected in zip(both, entropies, strict=True))
+    assert all(torch.equal(found, expected) for (_, found), expected in zip(both, nats, strict=True))
 
 
 LINES = st.lists(st.binary(max_size=30).map(lambda line: line.replace(b"\n", b" ")), min_size=1, max_size=6)

@@ -173,6 +173,14 @@ def test_several_prompts_are_their_single_runs(language_model: Build) -> None:
     assert generate(lm, [], max_new_bytes=10) == []
 
 
+def test_every_prompt_may_have_a_seed_of_its_own(language_model: Build) -> None:
+    lm, prompts, seeds = language_model(), [b"a", b"a", b"b"], [1, 2, 1]
+    found = generate(lm, prompts, max_new_bytes=10, temperature=1.0, seed=seeds)
+    alone = [generate(lm, p, max_new_bytes=10, temperature=1.0, seed=s) for p, s in zip(prompts, seeds, strict=True)]
+    assert found == alone
+    assert found[0] != found[1]
+
+
 def test_seed_fixes_the_draws(language_model: Build) -> None:
     lm = language_model()
     runs = [generate(lm, b"seed", max_new_bytes=12, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
@@ -306,6 +314,7 @@ def test_decoding_leaves_the_model_trainable(language_model: Build) -> None:
         ({"top_p": 1.5}, "top_p"),
         ({"stop": [b""]}, "empty"),
         ({"stop": "text"}, "stop must be bytes"),
+        ({"prompts": [b"a", b"b"], "seed": [1]}, "one for each of 2 prompts, got 1"),
     ],
 )
 def test_arguments_out_of_range(language_model: Build, arguments: dict[str, object], message: str) -> None:

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from blt.loss import NO_TARGET, bits_per_byte, summed_cross_entropy
+from blt.loss import NO_TARGET, bits_per_byte, row_hits, summed_cross_entropy
+from blt.vocabulary import BYTE_OFFSET, EOS
 
 
 def test_sum_over_targets_alone() -> None:
@@ -36,3 +37,10 @@ def test_bfloat16_is_summed_in_float32() -> None:
 
 def test_bits_per_byte() -> None:
     assert math.isclose(bits_per_byte(100 * math.log(2), 50), 2.0)
+
+
+def test_hits_are_bytes_that_were_the_most_likely() -> None:
+    likely = [[BYTE_OFFSET + 7, EOS, BYTE_OFFSET, 259], [BYTE_OFFSET, BYTE_OFFSET, EOS, BYTE_OFFSET]]
+    logits = torch.nn.functional.one_hot(torch.tensor(likely), 260).float()
+    targets = torch.tensor([[BYTE_OFFSET + 7, EOS, 259, 259], [NO_TARGET, BYTE_OFFSET + 1, BYTE_OFFSET, BYTE_OFFSET]])
+    assert row_hits(logits, targets).tolist() == [2, 1]  # EOS at its place counts no more than a place without target

@@ -82,6 +82,29 @@ EVALUATION = Evaluation(
     data="cd" * 32,
 )
 
+"""A record of before there were accuracy, FLOPs, noise and samples."""
+
+NOISE_FIGURES = {
+    "documents": 3,
+    "bytes": 1234,
+    "patches": 300,
+    "mean_patch_bytes": 4.1133,
+    "nats": 1000.0,
+    "bpb": 1.23456,
+    "bpb_low": 1.2,
+    "bpb_high": 1.3,
+    "accuracy": 0.625,
+    "one_byte_share": 0.25,
+}
+SOURCE_FIGURES = {
+    **NOISE_FIGURES,
+    "entropy_model_bpb": 2.5,
+    "model_flops_per_byte": 1.2345e9,
+    "entropy_model_flops_per_byte": 9.6e7,
+    "flops_per_byte": 1.3305e9,
+    "baselines": {"gzip -9": 2.8, "zstd -19": 2.4},
+}
+
 
 def write_run(root: Path) -> Path:
     """Write every part of a run below `root`."""

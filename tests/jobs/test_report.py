@@ -16,6 +16,7 @@ from rich.console import Console
 from blt.errors import ConfigError
 from jobs import report
 from jobs.command_line import main
+from jobs.evaluate_table import sample_line, tables
 from jobs.page import TEMPLATES
 from jobs.report_calibration import WHOLE, calibration_charts, drawn_sources
 from jobs.report_chart import STYLES
@@ -23,12 +24,24 @@ from jobs.report_patches import patch_lengths, read_passage
 from jobs.report_run import COMMANDS, read_history, read_run, run_directories
 from jobs.report_table import print_summary, stage_rows, summary_rows
 from jobs.report_training import training_view, training_views
+from pipelines.evaluate.evaluation import NoiseFigures, SourceFigures, write_evaluation
+from pipelines.evaluate.samples import SampleFigures
 from pipelines.manifest import read_manifest
 from pipelines.patch.calibration import Calibration, read_calibration
 from pipelines.train.account import account_of
 from pipelines.train.timeline import Entry, Event, Started, read_timeline
 from tests.jobs.html_page import HtmlPage
-from tests.jobs.report_case import DEATH, EVALUATION, HOSTILE, SAMPLE_TEXT, steps_made, write_run, write_timeline
+from tests.jobs.report_case import (
+    DEATH,
+    EVALUATION,
+    HOSTILE,
+    NOISE_FIGURES,
+    SAMPLE_TEXT,
+    SOURCE_FIGURES,
+    steps_made,
+    write_run,
+    write_timeline,
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +79,35 @@ def test_holds_the_figures_of_the_run(page_text: str, run_directory: Path) -> No
     figures += [f"{bpb:.3f}" for bpb in bpbs] + ["54.3 kB/s", "12.3 kB/s", "294.0"]
     figures += [manifest.fingerprint, "<of calibration>", "1,234 bytes"]
     assert [figure for figure in figures if figure not in text] == []
+
+
+def test_an_evaluation_is_shown_table_by_table(tmp_path: Path) -> None:
+    """Sources of hostile names, noise and samples; a record of before has fewer tables, on the page of every test."""
+    source = SourceFigures(source="<b>news</b>", **SOURCE_FIGURES)  # type: ignore[arg-type]
+    noise = NoiseFigures(noise="ant_speak", **NOISE_FIGURES)  # type: ignore[arg-type]
+    samples = SampleFigures(
+        samples=8,
+        documents=3,
+        bytes=2000,
+        valid=6,
+        valid_share=0.75,
+        cut=1,
+        invalid_sequences=5,
+        invalid_per_kb=2.5,
+        sample_bytes=250,
+        prefix_bytes=64,
+        temperature=0.8,
+        seed=0,
+    )
+    found = dataclasses.replace(EVALUATION, per_source=(source, source), noise=(noise,), samples=samples)
+    write_evaluation(str(tmp_path / "evaluation"), found)
+    report.run(report.Config(evaluation=str(tmp_path / "evaluation"), output=str(tmp_path / "page.html")))
+    page = HtmlPage((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert page.open == []
+    for table in tables(found):
+        for text in (table.title, *table.columns, *(cell for row in table.rows for cell in row), table.note):
+            assert text in page.text
+    assert sample_line(found) in page.text  # type: ignore[operator]
 
 
 def test_text_is_shown_byte_for_byte(page_text: str) -> None:

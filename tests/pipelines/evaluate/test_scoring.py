@@ -1,16 +1,24 @@
 """Scoring: the nats of each document equal those of a pass over the document alone, in batches of any size."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 from torch.nn import functional as F
 
 from blt.entropy_model import document_entropies, document_nats
 from blt.model import BLT
-from blt.vocabulary import BOS, EOS, encode
-from pipelines.evaluate.scoring import document_lengths, document_patches, document_texts, score_documents
+from blt.vocabulary import BOS, BYTE_OFFSET, EOS, encode
+from pipelines.evaluate.scoring import (
+    document_lengths,
+    document_one_byte_patches,
+    document_patches,
+    score_documents,
+)
 from tests.model_cases import blt_config, randomised
-from tests.pipelines.train.patched import Patched, naive_row_group, patched, random_document
+from tests.pipelines.train.patched import Patched, naive_row_group, patched, patched_documents, random_document
 from tests.small_language_model import small_language_model
 
 DOCUMENTS = [random_document(seed, length) for seed, length in enumerate([0, 1, 50, 7, 200, 0, 33])]
@@ -21,21 +29,44 @@ def blt() -> BLT:
     return randomised(BLT(blt_config())).double().eval()
 
 
-def nats_alone(model: BLT, document: Patched) -> float:
-    """One pass over the whole document, its patches as the document says."""
+def logits_alone(model: BLT, document: Patched) -> torch.Tensor:
+    """One pass over the whole document, its patches as the document says: [n + 1, V]."""
     ids = torch.tensor(document.ids)
     places = [place for place, start in enumerate([True, *document.starts]) if start]
     lengths = torch.tensor(np.diff([*places, len(ids)]))
     with torch.no_grad():
-        logits = model(ids[None, :-1], lengths[None], torch.zeros_like(ids)[None, :-1])[0]
-    return float(F.cross_entropy(logits, ids[1:], reduction="sum"))
+        logits: torch.Tensor = model(ids[None, :-1], lengths[None], torch.zeros_like(ids)[None, :-1])[0]
+    return logits
+
+
+def nats_alone(model: BLT, document: Patched) -> float:
+    return float(F.cross_entropy(logits_alone(model, document), torch.tensor(document.ids[1:]), reduction="sum"))
+
+
+def hits_alone(model: BLT, document: Patched) -> int:
+    """Byte by byte: is the likeliest next id the byte that comes?"""
+    likeliest = logits_alone(model, document)[:-1].argmax(-1).tolist()
+    return sum(found == byte + BYTE_OFFSET for found, byte in zip(likeliest, document.text, strict=True))
 
 
 @pytest.mark.parametrize("batch_bytes", [1, 100, 10_000])
 def test_documents_that_fit_a_window_cost_what_one_pass_costs(blt: BLT, batch_bytes: int) -> None:
     group = naive_row_group(DOCUMENTS)
     found = score_documents(blt, group, sequence_patches=500, sequence_bytes=500, batch_bytes=batch_bytes)
-    assert found.tolist() == pytest.approx([nats_alone(blt, document) for document in DOCUMENTS], rel=1e-12)
+    assert found.nats.tolist() == pytest.approx([nats_alone(blt, document) for document in DOCUMENTS], rel=1e-12)
+
+
+def test_hits_are_bytes_that_were_the_likeliest(blt: BLT) -> None:
+    """Texts of few bytes, one of them the likeliest after BOS, so that a model of random weights hits some."""
+    likeliest = int(logits_alone(blt, patched(b"", [True]))[0, BYTE_OFFSET:].argmax())
+    texts = [bytes([likeliest]) * 30, random_document(3, 40).text, b""]
+    for _ in range(30):  # the model's own greedy text
+        own = patched(texts[2], [True])
+        texts[2] += bytes([int(logits_alone(blt, own)[-1, BYTE_OFFSET:].argmax())])
+    documents = [patched(text, [True]) for text in texts]
+    found = score_documents(blt, naive_row_group(documents), sequence_patches=500, sequence_bytes=500, batch_bytes=100)
+    assert found.hits.tolist() == [hits_alone(blt, document) for document in documents]
+    assert found.hits[2] > 20
 
 
 def test_longer_documents_are_read_in_windows_with_context(blt: BLT) -> None:
@@ -55,26 +86,40 @@ def test_longer_documents_are_read_in_windows_with_context(blt: BLT) -> None:
                 ids[None, :-1], torch.ones(1, len(ids), dtype=torch.int64), torch.zeros(1, len(ids) - 1).long()
             )[0]
         expected += float(F.cross_entropy(logits, ids[1:], reduction="none")[scored - first - 1 :].sum())
-    assert found.tolist() == pytest.approx([expected], rel=1e-12)
+    assert found.nats.tolist() == pytest.approx([expected], rel=1e-12)
 
 
 @pytest.mark.parametrize("limits", [(2, 6), (5, 9), (40, 40)])
 def test_batches_change_nothing(blt: BLT, limits: tuple[int, int]) -> None:
     group = naive_row_group(DOCUMENTS)
     found = [
-        score_documents(blt, group, sequence_patches=limits[0], sequence_bytes=limits[1], batch_bytes=size).tolist()
+        score_documents(blt, group, sequence_patches=limits[0], sequence_bytes=limits[1], batch_bytes=size)
         for size in (1, 64, 10_000)
     ]
-    assert found[1] == pytest.approx(found[0], rel=1e-12)
-    assert found[2] == pytest.approx(found[0], rel=1e-12)
+    for other in found[1:]:
+        assert other.nats.tolist() == pytest.approx(found[0].nats.tolist(), rel=1e-12)
+        assert other.hits.tolist() == found[0].hits.tolist()
 
 
 def test_documents_of_a_row_group() -> None:
     group = naive_row_group(DOCUMENTS)
-    assert document_texts(group) == [document.text for document in DOCUMENTS]
     assert document_lengths(group).tolist() == [len(document.text) for document in DOCUMENTS]
     assert document_patches(group).tolist() == [document.num_patches for document in DOCUMENTS]
-    assert document_texts(naive_row_group([])) == []
+    assert document_one_byte_patches(group).tolist() == [_one_byte_patches(document) for document in DOCUMENTS]
+    nothing = naive_row_group([])
+    for count in (document_lengths, document_patches, document_one_byte_patches):
+        assert count(nothing).tolist() == []
+
+
+@given(patched_documents())
+def test_one_byte_patches_do_not_hold_the_eos(documents: list[Patched]) -> None:
+    found = document_one_byte_patches(naive_row_group(documents))
+    assert found.tolist() == [_one_byte_patches(document) for document in documents]
+
+
+def _one_byte_patches(document: Patched) -> int:
+    places = [place for place, start in enumerate(document.starts[:-1]) if start]
+    return sum(after - before == 1 for before, after in itertools.pairwise([*places, len(document.text)]))
 
 
 @pytest.mark.parametrize("reset_on_newline", [False, True])

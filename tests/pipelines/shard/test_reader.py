@@ -19,14 +19,16 @@ ROWS = [{"id": f"d{i}", "text": f"text {i} \N{SNOWMAN}", "other": [i]} for i in 
 LINES = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
 
 
-def _read(file: Path, content: bytes | None = None, **settings: Any) -> list[Document | Rejected]:
+def _read(
+    file: Path, content: bytes | None = None, label_key: str | None = None, **settings: Any
+) -> list[Document | Rejected]:
     if content is not None:
         file.write_bytes(content)
     config = ShardConfig(input=(str(file),), **settings)
     units = [unit for group in plan_corpus(config).groups for unit in group.units]
     rows: list[Document | Rejected] = []
     for unit in sorted(units, key=lambda unit: unit.start):
-        rows += UnitReader(unit, config.all_sources[0], config.max_line_bytes)
+        rows += UnitReader(unit, config.all_sources[0], config.max_line_bytes, label_key=label_key)
     return rows
 
 
@@ -276,3 +278,28 @@ def test_parquet_with_two_columns_of_a_name_is_refused(tmp_path: Path) -> None:
     (rejected,) = _read(tmp_path / "a.parquet")
     assert isinstance(rejected, Rejected)
     assert (rejected.rows, rejected.reason) == (2, "more than one column 'text'")
+
+
+LABELS: list[str | None] = ["de", None, "3", "\ufffd"]
+
+
+def test_labels_of_json_lines_are_text_or_nothing(tmp_path: Path) -> None:
+    lines = [b'{"text": "a", "lang": "de"}', b'{"text": "b"}', b'{"text": "c", "lang": 3}']
+    rows = _read(tmp_path / "a.jsonl", b"\n".join(lines), label_key="lang")
+    assert [row.label for row in rows if isinstance(row, Document)] == LABELS[:3]
+    lines.append(b'{"text": "d\xff", "lang": "\xff"}')
+    rows = _read(tmp_path / "b.jsonl", b"\n".join(lines), label_key="lang", invalid_utf8="keep")
+    assert [row.label for row in rows if isinstance(row, Document)] == LABELS
+    rows = _read(tmp_path / "b.jsonl", label_key=None, invalid_utf8="keep")
+    assert [row.label for row in rows if isinstance(row, Document)] == [None] * 4
+
+
+@pytest.mark.parametrize("key", ["lang", "not there"])
+def test_labels_of_parquet_rows_are_text_or_nothing(tmp_path: Path, key: str) -> None:
+    columns = {"text": list("abcd"), "lang": pa.array([b"de", None, b"3", b"\xff"]), "id": list("wxyz")}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    rows = _read(tmp_path / "a.parquet", label_key=key)
+    labels = LABELS if key == "lang" else [None] * 4
+    assert [(row.doc_id, row.label) for row in rows if isinstance(row, Document)] == list(
+        zip("wxyz", labels, strict=True)
+    )
