@@ -6,7 +6,6 @@ context that an earlier window scored. Every byte and EOS is scored once. Shapes
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -77,12 +76,6 @@ def document_one_byte_patches(group: RowGroup) -> Integers:
     alone = borders[:-1][np.diff(borders) == 1]
     alone = alone[~np.isin(alone, np.concatenate((bos, eos)))]
     return np.searchsorted(alone, eos) - np.searchsorted(alone, bos)
-
-
-def document_texts(group: RowGroup) -> list[bytes]:
-    """The bytes of each document."""
-    ends = [border - 2 * number for number, border in enumerate(group.borders)]  # less BOS and EOS
-    return [group.text[start:end].tobytes() for start, end in pairwise(ends)]
 
 
 def _batches(sizes: Integers, batch_bytes: int) -> Iterator[Integers]:
