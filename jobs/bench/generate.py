@@ -20,10 +20,9 @@ from blt.generation import Decoder
 from blt.model import BLTConfig
 from blt.patching import PatchRule, patch_lengths
 from blt.vocabulary import BOS, BYTE_OFFSET, encode
-from jobs.bench.circumstances import BenchResult, circumstances
+from jobs.bench.circumstances import BenchResult, circumstances, summary
 from jobs.bench.corpus import prose
 from jobs.bench.subject import MEAN_PATCH_BYTES, drawn, small_blt, small_entropy_model, transformers_model
-from jobs.bench.turns import summary
 
 OPTIONS = ("against",)
 
@@ -124,13 +123,13 @@ def _context(config: Config, lm: LanguageModel, peer: Any, length: int) -> dict[
             theirs.append(_peer_bytes_per_second(peer, prompt, config.against_new_bytes))
     rates = [(config.new_bytes - 1) / run.seconds for run in runs]  # the first byte comes from the prefill
     figures: dict[str, Any] = {
-        "bytes_per_second": summary(rates, 1),
-        "prefill_bytes_per_second": summary([length / run.prefill_seconds for run in runs], 1),
+        "bytes_per_second": summary(rates),
+        "prefill_bytes_per_second": summary([length / run.prefill_seconds for run in runs]),
         "prefill_to_forward": summary([f / r.prefill_seconds for f, r in zip(forwards, runs, strict=True)]),
     }
     if compared:
-        figures[str(config.against)] = {"bytes_per_second": summary(theirs, 2)}
-        figures["ratio"] = summary([ours / other for ours, other in zip(rates, theirs, strict=True)], 1)
+        figures[str(config.against)] = {"bytes_per_second": summary(theirs)}
+        figures["ratio"] = summary([ours / other for ours, other in zip(rates, theirs, strict=True)])
     return figures
 
 
@@ -144,7 +143,7 @@ def _batch(config: Config, lm: LanguageModel, single_rate: float) -> dict[str, A
     rates = [config.batch * (config.new_bytes - 1) / run.seconds for run in runs]
     return {
         "prompts": config.batch,
-        "bytes_per_second": summary(rates, 1),
+        "bytes_per_second": summary(rates),
         "ratio_to_one_prompt": summary([rate / single_rate for rate in rates]),
         "equal_to_single_runs": all(same for same, _ in agreeing),
         "prompts_that_part_at_a_tie": sum(tie for _, tie in agreeing),

@@ -5,7 +5,6 @@ matrix products just before each run, so that a share of peak is one of that mom
 """
 
 import resource
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from blt.device_peak import gemm_peak_flops
+from jobs.bench.circumstances import summary
 
 _PEAK_SECONDS = 0.3
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -64,18 +64,11 @@ def _run(subject: Callable[[], object], device: torch.device, dtype: torch.dtype
     )
 
 
-def summary(values: Sequence[float], digits: int = 3) -> dict[str, Any]:
-    """The median and all values, rounded."""
-    rounded = [round(value, digits) if digits else round(value) for value in values]
-    median = statistics.median(values)
-    return {"median": round(median, digits) if digits else round(median), "repeats": rounded}
-
-
 def speed_figures(turns: Sequence[Turn], num_bytes: int, flops_per_byte: float) -> dict[str, Any]:
     """Bytes per second, share of the peak of matrix products (useful operations alone), and memory."""
     return {
-        "bytes_per_second": summary([num_bytes / turn.seconds for turn in turns], 1),
-        "bytes_per_cpu_second": summary([num_bytes / turn.cpu_seconds for turn in turns], 1),
+        "bytes_per_second": summary([num_bytes / turn.seconds for turn in turns]),
+        "bytes_per_cpu_second": summary([num_bytes / turn.cpu_seconds for turn in turns]),
         "share_of_peak": summary([num_bytes * flops_per_byte / turn.seconds / turn.gemm_flops for turn in turns]),
         "peak_memory_bytes": max(turn.peak_memory_bytes for turn in turns),
     }
