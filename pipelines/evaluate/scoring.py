@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from blt.loss import NO_TARGET, row_cross_entropy
 from blt.model import BLT
+from blt.step import Batch
 from blt.vocabulary import BYTE_OFFSET
 from pipelines.train.batch import make_batch
 from pipelines.train.packing import Integers, RowGroup, document_windows, take_sequence
@@ -24,26 +26,35 @@ Nats = npt.NDArray[np.float64]
 def score_documents(
     model: BLT, group: RowGroup, *, sequence_patches: int, sequence_bytes: int, batch_bytes: int
 ) -> Nats:
-    """Nats of each document's bytes and EOS, float64 [D], on whatever device the model is.
-
-    Windows of like length share a batch of at most `batch_bytes`, padding included. DataError if a patch is longer
-    than a window.
-    """
-    windows = np.asarray(document_windows(group, sequence_patches, sequence_bytes), np.int64).reshape(-1, 3)
+    """Nats of each document's bytes and EOS, float64 [D], on whatever device the model is; batches and errors as
+    `window_logits`."""
     num_documents = len(group.document_starts)
     nats, targets = np.zeros(num_documents), np.zeros(num_documents, np.int64)
-    document_of = np.searchsorted(group.document_starts, group.patch_starts[windows[:, 2]], side="right") - 1
+    for windows, batch, logits_BTV in window_logits(model, group, sequence_patches, sequence_bytes, batch_bytes):
+        first_scored = group.patch_starts[windows[:, 2]]
+        document_of = np.searchsorted(group.document_starts, first_scored, side="right") - 1
+        np.add.at(nats, document_of, row_cross_entropy(logits_BTV, batch.targets_BT).cpu().numpy())
+        np.add.at(targets, document_of, (batch.targets_BT != NO_TARGET).sum(1).cpu().numpy())
+    assert np.array_equal(targets, document_lengths(group) + 1), "every byte and EOS is a target once"
+    return nats
+
+
+def window_logits(
+    model: BLT, group: RowGroup, sequence_patches: int, sequence_bytes: int, batch_bytes: int
+) -> Iterator[tuple[Integers, Batch, Tensor]]:
+    """Batches of windows as `document_windows` gives them, int64 [B,3], with their tensors and logits [B,T,V].
+
+    A row's targets are the ids from the window's first scored patch to its end, in order. Windows of like length share
+    a batch of at most `batch_bytes`, padding included. DataError if a patch is longer than a window.
+    """
+    windows = np.asarray(document_windows(group, sequence_patches, sequence_bytes), np.int64).reshape(-1, 3)
     sizes = group.patch_starts[windows[:, 1]] - group.patch_starts[windows[:, 0]] + 1
     device = next(model.parameters()).device
     for chosen in _batches(sizes, batch_bytes):
         sequences = [take_sequence(group, *windows[number].tolist()) for number in chosen]
         batch = make_batch(sequences, with_patches=True).to(device)
         assert batch.patch_lengths_BP is not None
-        logits_BTV = model(batch.byte_ids_BT, batch.patch_lengths_BP, batch.document_ids_BT)
-        np.add.at(nats, document_of[chosen], row_cross_entropy(logits_BTV, batch.targets_BT).cpu().numpy())
-        np.add.at(targets, document_of[chosen], (batch.targets_BT != NO_TARGET).sum(1).cpu().numpy())
-    assert np.array_equal(targets, document_lengths(group) + 1), "every byte and EOS is a target once"
-    return nats
+        yield windows[chosen], batch, model(batch.byte_ids_BT, batch.patch_lengths_BP, batch.document_ids_BT)
 
 
 def document_lengths(group: RowGroup) -> Integers:
