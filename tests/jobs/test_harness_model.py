@@ -20,7 +20,7 @@ from blt.checkpoint import LanguageModel, load
 from blt.entropy_model import document_entropies
 from blt.errors import ConfigError
 from blt.generation import generate
-from blt.patching import document_patch_starts
+from blt.patching import PatchRule, document_patch_starts
 from blt.vocabulary import BOS, EOS, encode
 from tests.small_language_model import save_small_language_model
 
@@ -45,7 +45,8 @@ STOPS = ["é", "th", "\n"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_small_language_model(tmp_path_factory.mktemp("harness") / "model")
+    rule = PatchRule(threshold=5.0333, max_patch_length=6)  # near the median of its entropies
+    return save_small_language_model(tmp_path_factory.mktemp("harness") / "model", rule)
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,15 @@ from pipelines.evaluate.config import WindowConfig
 from pipelines.evaluate.likelihood import patched_group, score_texts
 from pipelines.evaluate.respondent import Generation, Respondent, RespondentConfig, last_characters
 from pipelines.evaluate.scoring import score_documents
-from tests.small_language_model import RULE, small_language_model
+from tests.small_language_model import small_language_model
 
 SENTENCE = "Zwölf Boxkämpfer jagen Viktor über den Deich".encode()
 TEXTS = [b"", b"a", b"Four score and seven", SENTENCE, b"\xff\x00 \n" * 9]
+RULE = PatchRule(threshold=5.0333, max_patch_length=6)
+"""Near the median of the entropies of TEXTS, and 4e-3 nats from any of them: what rounding does decides nothing."""
 RULES = {
     "entropy": RULE,
-    "quantized": replace(RULE, threshold=3.0, quantized=True),
+    "quantized": replace(RULE, threshold=161 / 32, quantized=True),
     "space": PatchRule(kind="space", max_patch_length=6),
     "fixed": PatchRule(kind="fixed", patch_size=3),
 }
@@ -68,6 +70,12 @@ def greedy_alone(text: bytes, first: int) -> bool:
     return all(allowed[int(logits[i, allowed].argmax())] == text[i] + BYTE_OFFSET for i in range(first, len(text)))
 
 
+def test_patches_are_of_several_bytes() -> None:
+    for rule in RULES.values():
+        group = patched_group(double(rule), TEXTS, 8192)
+        assert 1.2 < len(group.ids_N) / (len(group.patch_starts) - 1) < 4
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_texts_cost_what_one_pass_costs(name: str) -> None:
     found = Respondent(double(RULES[name]), RespondentConfig()).text_nats(TEXTS)
@@ -94,7 +102,7 @@ def test_probabilities_of_the_next_byte_and_the_end_add_up() -> None:
 
 
 def test_greedy_is_what_generation_gives() -> None:
-    lm = small_language_model()
+    lm = small_language_model(RULE)
     prompts = [b"", b"Four score", "über".encode()]
     written = [generate(lm, prompt, max_new_bytes=12) for prompt in prompts]
     respondent = Respondent(lm, RespondentConfig())
@@ -138,7 +146,7 @@ def test_a_continuation_longer_than_a_window_is_read_in_several() -> None:
 
 
 def test_prompts_are_continued_as_generate_continues_them() -> None:
-    lm = small_language_model()
+    lm = small_language_model(RULE)
     how = Generation(max_new_bytes=9, stop=("é".encode(), b"th"))
     found = Respondent(lm, RespondentConfig(batch_prompts=2)).continuations(TEXTS, how)
     assert found == [generate(lm, text, max_new_bytes=9, stop=how.stop) for text in TEXTS]
@@ -152,7 +160,7 @@ def test_prompts_are_continued_as_generate_continues_them() -> None:
 
 @pytest.mark.parametrize(("max_new_bytes", "kept"), [(4, 20), (30, 12)])
 def test_a_long_prompt_is_cut_and_counted(max_new_bytes: int, kept: int) -> None:
-    lm = small_language_model()
+    lm = small_language_model(RULE)
     respondent = Respondent(lm, RespondentConfig(sequence_bytes=26))
     found = respondent.continuations([SENTENCE, b"short"], Generation(max_new_bytes=max_new_bytes))
     assert found[0] == generate(lm, SENTENCE[-kept:], max_new_bytes=max_new_bytes)
@@ -162,7 +170,7 @@ def test_a_long_prompt_is_cut_and_counted(max_new_bytes: int, kept: int) -> None
 
 def test_progress_tells_of_every_question() -> None:
     told: list[int] = []
-    respondent = Respondent(small_language_model(), RespondentConfig(batch_prompts=2))
+    respondent = Respondent(small_language_model(RULE), RespondentConfig(batch_prompts=2))
     respondent.text_nats(TEXTS, told.append)
     respondent.likelihoods([(b"a", text) for text in TEXTS], told.append)
     respondent.continuations(TEXTS, Generation(max_new_bytes=1), told.append)
@@ -197,7 +205,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
         Respondent(double(RULES["space"]), RespondentConfig(sequence_bytes=5)).text_nats([b"a" * 40])
     with pytest.raises(ConfigError, match="batch_prompts must be at least 1"):
         RespondentConfig(batch_prompts=0)
-    broken = small_language_model()
+    broken = small_language_model(RULE)
     with torch.no_grad():
         broken.model.local_decoder.output.weight[7] = torch.nan
     with pytest.raises(CheckpointError, match="not finite"):
