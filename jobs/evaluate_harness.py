@@ -95,9 +95,9 @@ def _evaluate(config: Config, output: Storage | None) -> JobResult:
     samples = results.pop("samples", {})
     _print(results)
     if output is not None:
-        lines = [{"task": task, **sample} for task, of_task in samples.items() for sample in of_task]
-        text = "".join(json.dumps(line, ensure_ascii=False, default=handle_non_serializable) + "\n" for line in lines)
         if config.samples:
+            lines = [{"task": task, **sample} for task, of_task in samples.items() for sample in of_task]
+            text = "".join(json.dumps(row, ensure_ascii=False, default=handle_non_serializable) + "\n" for row in lines)
             output.write_replace(SAMPLES_NAME, text.encode("utf-8", "replace"))
         text = json.dumps(results, ensure_ascii=False, indent=1, default=handle_non_serializable) + "\n"
         output.write_replace(RESULTS_NAME, text.encode("utf-8", "replace"))

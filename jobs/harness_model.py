@@ -31,9 +31,10 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-READ_ARGUMENTS = frozenset(("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"))
-"""Arguments of generation that are used, after the harness has made one of their several names."""
-
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names that tasks have for the longest answer; the harness makes one of them."""
+READ_ARGUMENTS = frozenset((*LIMITS, "until", "do_sample", "temperature", "top_k", "top_p"))
+"""Arguments of generation that are used; others change nothing here and are told."""
 
 Answer = TypeVar("Answer")
 
@@ -123,6 +124,9 @@ class HarnessModel(LM):  # type: ignore[misc]
                 found = self._respondent.continuations([prompts[number] for number in numbers], how, bar.advance)
                 for number, data in zip(numbers, found, strict=True):
                     answers[number] = decoded(data)
+        unread = {name for _, arguments in _arguments(requests) for name in arguments} - READ_ARGUMENTS
+        if unread:
+            logger.warning("arguments of generation that change nothing here: %s", ", ".join(sorted(unread)))
         self._tell_cut()
         self._cache("generate_until", requests, answers)
         return answers
@@ -152,8 +156,6 @@ class HarnessModel(LM):  # type: ignore[misc]
 def generation(arguments: Mapping[str, Any], max_new_bytes: int) -> Generation:
     """What a task's arguments of generation mean; `max_new_bytes` holds where they name no limit."""
     given = normalize_gen_kwargs(dict(arguments), max_new_bytes)
-    if ignored := sorted(set(given) - READ_ARGUMENTS):
-        logger.warning("arguments of generation that change nothing here: %s", ", ".join(ignored))
     top_k, top_p = given.get("top_k"), given.get("top_p")
     return Generation(
         max_new_bytes=int(given["max_gen_toks"]),

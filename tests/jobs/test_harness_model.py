@@ -256,9 +256,10 @@ def test_arguments_of_generation(arguments: Mapping[str, object], expected: Gene
     assert generation(arguments, 99) == expected
 
 
-def test_arguments_without_effect_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    generation({"num_beams": 4}, 9)
-    assert "num_beams" in caplog.text
+def test_arguments_without_effect_are_told_once(model: str, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = {"num_beams": 4, "max_tokens": 1, "until": "x"}
+    HarnessModel(model).generate_until(requests("generate_until", [("a", arguments), ("b", arguments)]))
+    assert caplog.text.count("change nothing here: num_beams\n") == 1
 
 
 def test_bytes_become_text() -> None:
