@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow check clean
+.PHONY: help install quickstart test test-slow test-eval check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -23,6 +23,10 @@ test: $(INSTALLED)  ## run the fast tests
 
 test-slow: $(INSTALLED)  ## run the slow tests
 	@$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+test-eval: $(INSTALLED)  ## install the extra `eval` (lm-evaluation-harness) and run its tests
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-eval.lock
+	@$(BIN)/python -m pytest -q -m "not gpu" tests/jobs/test_harness_model.py
 
 check: $(INSTALLED)  ## lint, formatting, types and the fast tests
 	@echo "ruff check" && $(BIN)/ruff check --quiet .

@@ -52,6 +52,8 @@ COMMANDS: dict[str, Command] = {
     "patch": Command("jobs.patch", "cut documents into patches: a dataset of bytes and patch starts"),
     "train": Command("jobs.train", "train a Byte Latent Transformer on a patch dataset"),
     "eval": Command("jobs.evaluate", "bits per byte of a model on a dataset or any text, beside gzip, xz and zstd"),
+    "eval harness": Command("jobs.evaluate_harness", "tasks of lm-evaluation-harness; needs the extra eval"),
+    "eval characters": Command("jobs.evaluate_characters", "tasks on the letters of words, made from a text; offline"),
     "generate": Command("jobs.generate", "continue a prompt with a trained model"),
     "inspect": Command("jobs.inspect_text", "text in patches over its entropies, in the terminal and as an HTML page"),
     "import": Command("jobs.import_weights", "published weights, of the reference or transformers, as a model of ours"),

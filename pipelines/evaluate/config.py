@@ -1,5 +1,6 @@
 """What an evaluation is asked to do, apart from the model and the documents."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,17 +14,28 @@ Compressor = Literal["gzip", "xz", "zstd"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ActorPoolConfig):
-    """Windows in which the model reads the documents, what else is measured, and the actors that compute it."""
+class WindowConfig:
+    """Windows in which a model reads texts longer than itself."""
 
-    split: Split = "valid"
-    """Which documents of a patch dataset are scored; text that is given as input is scored whole."""
     sequence_patches: int = 2048
     """S: most patches of a window; as in training, unless the model is to be judged at another length."""
     sequence_bytes: int = 8192
     """T: most bytes of a window."""
     batch_bytes: int = 32768
     """Bytes of windows computed at once, padding included; one window if it is longer."""
+    row_bytes: int = 8192
+    """Bytes of one row of the entropy model."""
+
+    def __post_init__(self) -> None:
+        check_least(self, {"sequence_patches": 2, "sequence_bytes": 1, "batch_bytes": 1, "row_bytes": 1})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ActorPoolConfig, WindowConfig):
+    """Windows in which the model reads the documents, and the actors that compute them."""
+
+    split: Split = "valid"
+    """Which documents are scored."""
     bootstrap_resamples: int = 1000
     """Resamples of the documents behind the 95 % confidence intervals."""
     compressors: tuple[Compressor, ...] = ("gzip", "xz", "zstd")
@@ -48,20 +60,9 @@ class EvaluateConfig(ActorPoolConfig):
     """Bytes of one row of the entropy model, which is scored on the same documents."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        least = {
-            "sequence_patches": 2,
-            "sequence_bytes": 1,
-            "batch_bytes": 1,
-            "bootstrap_resamples": 1,
-            "samples": 0,
-            "sample_bytes": 1,
-            "prefix_bytes": 1,
-            "seed": 0,
-        }
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise ConfigError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+        ActorPoolConfig.__post_init__(self)
+        WindowConfig.__post_init__(self)
+        check_least(self, {"bootstrap_resamples": 1, "samples": 0, "sample_bytes": 1, "prefix_bytes": 1, "seed": 0})
         for name in ("noise", "compressors"):
             value = getattr(self, name)
             if not isinstance(value, bool) and len(set(value)) < len(value):
@@ -73,3 +74,10 @@ class EvaluateConfig(ActorPoolConfig):
         """Those that are asked for, in a fixed order."""
         asked = NOISES if self.noise is True else self.noise or ()
         return tuple(noise for noise in NOISES if noise in asked)
+
+
+def check_least(config: object, least: Mapping[str, int]) -> None:
+    """ConfigError, naming the key, if one of these fields is smaller than it may be."""
+    for name, smallest in least.items():
+        if getattr(config, name) < smallest:
+            raise ConfigError(f"{name} must be at least {smallest}, got {getattr(config, name)}")

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from blt.loss import NO_TARGET, row_cross_entropy, row_hits
 from blt.model import BLT
+from blt.step import Batch
 from pipelines.train.batch import make_batch
-from pipelines.train.packing import Integers, RowGroup, document_windows
+from pipelines.train.packing import Integers, PackedSequence, RowGroup, document_windows
 
 Nats = npt.NDArray[np.float64]
 
@@ -33,27 +35,40 @@ class DocumentScores:
 def score_documents(
     model: BLT, group: RowGroup, *, sequence_patches: int, sequence_bytes: int, batch_bytes: int
 ) -> DocumentScores:
-    """The scores of each document, on whatever device the model is.
-
-    Windows of like length share a batch of at most `batch_bytes`, padding included. DataError if a patch is longer
-    than a window.
-    """
-    windows = list(document_windows(group, sequence_patches, sequence_bytes))
+    """The scores of each document, on whatever device the model is; batches and errors as `window_logits`."""
     num_documents = len(group.borders) - 1
     nats = np.zeros(num_documents)
     hits, targets = np.zeros(num_documents, np.int64), np.zeros(num_documents, np.int64)
-    begins, ends = np.asarray([(window.begin, window.end) for window in windows], np.int64).reshape(-1, 2).T
-    document_of = np.searchsorted(group.borders, begins, side="right") - 1
-    device = next(model.parameters()).device
-    for chosen in _batches(ends - begins, batch_bytes):
-        batch = make_batch([windows[number] for number in chosen], with_patches=True).to(device)
-        assert batch.patch_lengths_BP is not None
-        logits_BTV = model(batch.byte_ids_BT, batch.patch_lengths_BP, batch.document_ids_BT)
-        np.add.at(nats, document_of[chosen], row_cross_entropy(logits_BTV, batch.targets_BT).cpu().numpy())
-        np.add.at(hits, document_of[chosen], row_hits(logits_BTV, batch.targets_BT).cpu().numpy())
-        np.add.at(targets, document_of[chosen], (batch.targets_BT != NO_TARGET).sum(1).cpu().numpy())
+    for windows, batch, logits_BTV in window_logits(model, group, sequence_patches, sequence_bytes, batch_bytes):
+        document_of = np.searchsorted(group.borders, [window.begin for window in windows], side="right") - 1
+        np.add.at(nats, document_of, row_cross_entropy(logits_BTV, batch.targets_BT).cpu().numpy())
+        np.add.at(hits, document_of, row_hits(logits_BTV, batch.targets_BT).cpu().numpy())
+        np.add.at(targets, document_of, (batch.targets_BT != NO_TARGET).sum(1).cpu().numpy())
     assert np.array_equal(targets, document_lengths(group) + 1), "every byte and EOS is a target once"
     return DocumentScores(nats=nats, hits=hits)
+
+
+def window_logits(
+    model: BLT, group: RowGroup, sequence_patches: int, sequence_bytes: int, batch_bytes: int
+) -> Iterator[tuple[list[PackedSequence], Batch, Tensor]]:
+    """Batches of windows as `document_windows` gives them, with their tensors and logits [B,T,V].
+
+    A row's targets are the ids of its window from `scored_from` on, in order. Windows of like length share a batch of
+    at most `batch_bytes`, padding included. DataError if a patch is longer than a window.
+    """
+    windows = list(document_windows(group, sequence_patches, sequence_bytes))
+    sizes = np.asarray([len(window) for window in windows], np.int64)
+    device = next(model.parameters()).device
+    for numbers in _batches(sizes, batch_bytes):
+        chosen = [windows[number] for number in numbers]
+        batch = make_batch(chosen, with_patches=True).to(device)
+        assert batch.patch_lengths_BP is not None
+        yield chosen, batch, model(batch.byte_ids_BT, batch.patch_lengths_BP, batch.document_ids_BT)
+
+
+def scored_from(window: PackedSequence) -> int:
+    """Place in its row group of the first id that a window scores: not that which opens it, nor its context."""
+    return window.begin + max(window.context, 1)
 
 
 def document_lengths(group: RowGroup) -> Integers:
