@@ -11,6 +11,7 @@ from pipelines.train.config import TrainConfig
 TRAIN = TrainConfig(steps=1, global_batch=4, micro_batch=2, sequence_bytes=256, sequence_patches=64)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_every_figure_is_there() -> None:

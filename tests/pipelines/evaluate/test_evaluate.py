@@ -100,6 +100,7 @@ def test_two_actors_give_what_one_process_gives(evaluation: Evaluation, model: s
     assert sum(seen) == evaluation.bytes
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_the_number_of_actors_changes_nothing(model: str, tmp_path: Path) -> None:

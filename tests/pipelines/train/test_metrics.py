@@ -117,6 +117,7 @@ def test_what_is_told_late_does_not_hide_the_newest_step(tmp_path: Path) -> None
     assert [record["step"] for record in read_metrics(tmp_path)] == [2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_every_figure_is_in_the_file_in_tensorboard_and_on_the_metrics_page_of_ray(tmp_path: Path) -> None:
