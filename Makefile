@@ -18,8 +18,8 @@ install: $(INSTALLED)  ## create .venv and install the locked dependencies
 quickstart: $(INSTALLED)  ## from the shipped text to a trained BLT and a report, in some minutes
 	@$(BIN)/blt quickstart
 
-test: $(INSTALLED)  ## run the fast tests
-	@$(BIN)/python -m pytest -q
+test: $(INSTALLED)  ## run the fast tests, in two processes
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)  ## run the slow tests
 	@$(BIN)/python -m pytest -q -m "slow and not gpu"

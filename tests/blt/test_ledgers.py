@@ -17,7 +17,6 @@ from blt.column_embedding import ColumnHashEmbedding
 from blt.entropy_model import EntropyModel, EntropyModelConfig
 from blt.hash_embedding import HashEmbedding
 from blt.layers import TransformerConfig
-from blt.live_bytes import LiveBytes
 from blt.local_encoder import CrossAttentionConfig, HashEmbeddingConfig
 from blt.memory_ledger import MemoryLedger, Spread, memory_ledger, parameters_by_part
 from blt.model import BLT, BLTConfig
@@ -204,16 +203,20 @@ def test_a_replicated_rank_holds_what_the_ledger_says() -> None:
 
 
 def kept_by(embedding: HashEmbedding) -> int:
-    """Bytes that lookups keep for the backward pass."""
-    batch = micro_batches("blt")[0].to(torch.device("cpu"))
-    with LiveBytes([local(embedding.table)]) as live:
-        out: Tensor | None = embedding(batch.byte_ids_BT, batch.document_ids_BT)
-        assert out is not None
-        graph = out.grad_fn
-        del out
-        kept = live.bytes
-        del graph
-    return kept
+    """Bytes that lookups keep for the backward pass, the table apart. Asked of autograd, since gloo's threads may still
+    hold what was sent.
+    """
+    batch, kept = micro_batches("blt")[0].to(torch.device("cpu")), dict[int, int]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = embedding(batch.byte_ids_BT, batch.document_ids_BT)  # noqa: F841  # its graph holds what is counted
+    kept.pop(local(embedding.table).untyped_storage().data_ptr(), None)
+    return sum(kept.values())
 
 
 def lookup_tables() -> HashEmbedding:
