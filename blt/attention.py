@@ -9,6 +9,8 @@ Shapes: B rows, T queries, S keys, H heads, K head width, Q queries of a block, 
 Source of the mask: the published models (query i sees key j iff same document and i - window < j <= i).
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +22,9 @@ from blt.vocabulary import EOS
 
 QUERY_BLOCK = 128
 """Queries per block: 128 x (window + 128) scores of one head stay in a core's cache at the usual windows."""
+
+SCORES_AT_ONCE = 1 << 20
+"""Heads of a block are taken together up to about so many scores, of 4 MB: what stays in a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -91,33 +96,15 @@ def causal_attention(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, spans: Caus
     return out.transpose(1, 2)
 
 
-def place_attention(q_RHGK: Tensor, k_RHCK: Tensor, v_RHCK: Tensor, mask_R11C: Tensor | None) -> Tensor:
-    """Softmax attention of one position's G queries per head over C keys, scaled as above: [R,H,G,K].
+def place_attention(q_NGK: Tensor, k_NCK: Tensor, v_NCK: Tensor, mask_N1C: Tensor | None) -> Tensor:
+    """Softmax attention of one position's G queries of each of N key heads over C keys, scaled as above: [N,G,K].
 
-    The mask is added to the scores: -inf for a key that a row does not see.
+    The mask is added to the scores: -inf for a key that is not seen.
     """
-    scores = torch.matmul(q_RHGK * q_RHGK.shape[-1] ** -0.5, k_RHCK.transpose(2, 3))
-    if mask_R11C is not None:
-        scores = scores + mask_R11C
+    q_NGK, k_NKC = q_NGK * q_NGK.shape[-1] ** -0.5, k_NCK.transpose(1, 2)
+    scores = torch.bmm(q_NGK, k_NKC) if mask_N1C is None else torch.baddbmm(mask_N1C, q_NGK, k_NKC)
     p = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    return torch.matmul(p.to(v_RHCK.dtype), v_RHCK)
-
-
-def _probabilities(q_HQK: Tensor, k_HLK: Tensor, block: Block, first_key_T: Tensor) -> Tensor:
-    """Softmax over a block's keys, [H,Q,L], in float32 or wider; keys outside a query's span get 0.
-
-    The mask is made once for all heads and added by the product itself: masking [H,Q,L] scores costs twice the softmax.
-    """
-    (_, queries, _), keys = q_HQK.shape, k_HLK.shape[1]
-    mask_QL = q_HQK.new_zeros(queries, keys)
-    if block.all_see > block.first_key:
-        key = torch.arange(block.first_key, block.all_see, device=mask_QL.device)
-        hidden = key < first_key_T[block.first_query : block.end_query, None]
-        mask_QL[:, : block.all_see - block.first_key].masked_fill_(hidden, -torch.inf)
-    future = torch.ones(queries, queries - 1, dtype=torch.bool, device=mask_QL.device).triu_()
-    mask_QL[:, keys - queries + 1 :].masked_fill_(future, -torch.inf)
-    scores = torch.baddbmm(mask_QL.expand(q_HQK.shape[0], -1, -1), q_HQK, k_HLK.transpose(1, 2))
-    return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return torch.bmm(p.to(v_NCK.dtype), v_NCK)
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -125,13 +112,10 @@ class _BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: CausalSpans) -> Tensor:
-        out = torch.empty_like(q)
-        for row, blocks in enumerate(spans.blocks):
-            for block in blocks:
-                queries = slice(block.first_query, block.end_query)
-                keys = slice(block.first_key, block.end_query + spans.carried)
-                p = _probabilities(q[row, :, queries], k[row, :, keys], block, spans.first_key_BT[row])
-                out[row, :, queries] = torch.bmm(p.to(v.dtype), v[row, :, keys])
+        out, scratch = torch.empty_like(q), _Scratch(q)
+        for part in _parts(q, spans):
+            p = scratch.probabilities(q, k, part)
+            out[part.queries] = torch.bmm(p.to(v.dtype), v[part.keys])
         ctx.save_for_backward(q, k, v, out)
         ctx.spans = spans
         return out
@@ -146,15 +130,85 @@ class _BlockedAttention(torch.autograd.Function):
         grad_q = torch.empty_like(q)
         grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         delta = (grad_out * out).sum(-1, keepdim=True, dtype=wide)
-        for row, blocks in enumerate(spans.blocks):
-            for block in blocks:
-                queries = slice(block.first_query, block.end_query)
-                keys = slice(block.first_key, block.end_query + spans.carried)
-                q_b, k_b, v_b, g_b = q[row, :, queries], k[row, :, keys], v[row, :, keys], grad_out[row, :, queries]
-                p = _probabilities(q_b, k_b, block, spans.first_key_BT[row])
-                grad_v[row, :, keys] += torch.bmm(p.to(v.dtype).transpose(1, 2), g_b)
-                grad_p = torch.bmm(g_b, v_b.transpose(1, 2)).to(wide)
-                grad_s = grad_p.sub_(delta[row, :, queries]).mul_(p).to(q.dtype)
-                grad_q[row, :, queries] = torch.bmm(grad_s, k_b)
-                grad_k[row, :, keys] += torch.bmm(grad_s.transpose(1, 2), q_b)
+        scratch, second = _Scratch(q), _Scratch(q)
+        for part in _parts(q, spans):
+            p = scratch.probabilities(q, k, part)
+            q_b, k_b, g_b = q[part.queries], k[part.keys], grad_out[part.queries]
+            _add_product(grad_v[part.keys], p.to(v.dtype).transpose(1, 2), g_b)
+            grad_p = second.product(g_b, v[part.keys]).to(wide)
+            grad_s = grad_p.sub_(delta[part.queries]).mul_(p).to(q.dtype)
+            grad_q[part.queries] = torch.bmm(grad_s, k_b)
+            _add_product(grad_k[part.keys], grad_s.transpose(1, 2), q_b)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
+
+
+Index = tuple[int, slice, slice]
+"""Row, heads and positions in a tensor [B,H,T,K]."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is computed at once: a block of queries in some heads."""
+
+    block: Block
+    queries: Index
+    keys: Index
+    first_key_Q: Tensor
+
+
+def _parts(q_BHTK: Tensor, spans: CausalSpans) -> Iterator[_Part]:
+    heads = q_BHTK.shape[1]
+    for row, blocks in enumerate(spans.blocks):
+        for block in blocks:
+            queries = slice(block.first_query, block.end_query)
+            keys = slice(block.first_key, block.end_query + spans.carried)
+            at_once = _heads_at_once(heads, block.end_query - block.first_query, keys.stop - keys.start)
+            for head in range(0, heads, at_once):
+                some = slice(head, min(head + at_once, heads))
+                yield _Part(block, (row, some, queries), (row, some, keys), spans.first_key_BT[row, queries])
+
+
+def _heads_at_once(heads: int, queries: int, keys: int) -> int:
+    return min(heads, max(1, SCORES_AT_ONCE // (queries * keys)))
+
+
+class _Scratch:
+    """Room for the scores of a part, which all parts of a pass use: fresh pages cost as much as a product."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._room = like.new_empty(0)
+
+    def product(self, q_HQK: Tensor, k_HLK: Tensor) -> Tensor:
+        """q @ k transposed, [H,Q,L], until the next product."""
+        shape = (q_HQK.shape[0], q_HQK.shape[1], k_HLK.shape[1])
+        if self._room.numel() < math.prod(shape):
+            self._room = q_HQK.new_empty(math.prod(shape))
+        scores = self._room[: math.prod(shape)].view(shape)
+        return torch.bmm(q_HQK, k_HLK.transpose(1, 2), out=scores)
+
+    def probabilities(self, q_BHTK: Tensor, k_BHSK: Tensor, part: _Part) -> Tensor:
+        """Softmax over a part's keys, [H,Q,L], in float32 or wider; keys outside a query's span get 0.
+
+        Only where some queries see a key and others do not is anything masked: at both ends.
+        """
+        block, scores = part.block, self.product(q_BHTK[part.queries], k_BHSK[part.keys])
+        queries = scores.shape[1]
+        if block.all_see > block.first_key:
+            key = torch.arange(block.first_key, block.all_see, device=scores.device)
+            scores[:, :, : len(key)] += _minus_infinity(key < part.first_key_Q[:, None], scores.dtype)
+        future = torch.ones(queries, queries - 1, dtype=torch.bool, device=scores.device).triu_()
+        scores[:, :, scores.shape[2] - queries + 1 :] += _minus_infinity(future, scores.dtype)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        return torch.softmax(scores, -1, out=scores) if wide == scores.dtype else torch.softmax(scores, -1, dtype=wide)
+
+
+def _minus_infinity(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 or -inf where hidden: an addition takes a fraction of what masking [H,Q,L] takes."""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+
+
+def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    if into.dtype == a.dtype:
+        into.baddbmm_(a, b)
+    else:
+        into += torch.bmm(a, b)

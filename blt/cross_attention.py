@@ -29,8 +29,8 @@ class CrossAttention(nn.Module):
 
     def patches_read_bytes(self, slots_BPkD: Tensor, bytes_BTD: Tensor, patch_N: Tensor) -> Tensor:
         """Each slot attends to the bytes of its patch: [B,P,k,D]; a patch without bytes gets 0."""
-        queries = self._heads(self.wq(self.norm_q(slots_BPkD))).flatten(0, 1)
-        keys, values = (self._heads(part) for part in self.wkv(self.norm_kv(bytes_BTD)).flatten(0, 1).chunk(2, -1))
+        queries = self._queries(slots_BPkD)
+        keys, values = (self._heads(part) for part in self._pairs(bytes_BTD).chunk(2, -1))
         scores = self._scores(gather_rows(queries, patch_N), keys[:, None])
         weights = softmax_rows(scores, patch_N, queries.shape[0]).to(values.dtype)
         mixed = sum_rows(weights[..., None] * values[:, None], patch_N, queries.shape[0])
@@ -39,17 +39,24 @@ class CrossAttention(nn.Module):
 
     def slot_pairs(self, slots_BPkD: Tensor) -> Tensor:
         """Keys beside values of the slots of every patch, [B*P,k,2D]."""
-        pairs: Tensor = self.wkv(self.norm_kv(slots_BPkD)).flatten(0, 1)
-        return pairs
+        return self._pairs(slots_BPkD)
 
     def bytes_read_patches(self, bytes_BTD: Tensor, pairs_NkE: Tensor) -> Tensor:
         """Each byte attends to the k slots of one patch, whose `slot_pairs` are given for each byte: [B,T,D]."""
-        queries = self._heads(self.wq(self.norm_q(bytes_BTD))).flatten(0, 1)
+        queries = self._queries(bytes_BTD)
         keys, values = (self._heads(part) for part in pairs_NkE.chunk(2, -1))
         weights = torch.softmax(self._scores(queries[:, None], keys), 1).to(values.dtype)
         mixed = (weights[..., None] * values).sum(1)
         out: Tensor = self.wo(mixed.flatten(-2))
         return out.view(bytes_BTD.shape)
+
+    def _queries(self, x: Tensor) -> Tensor:
+        return self._heads(self.wq(self.norm_q(x))).flatten(0, 1)
+
+    def _pairs(self, x: Tensor) -> Tensor:
+        """Keys beside values, the first two dimensions as one."""
+        pairs: Tensor = self.wkv(self.norm_kv(x)).flatten(0, 1)
+        return pairs
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], self.heads, -1)

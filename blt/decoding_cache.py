@@ -77,7 +77,8 @@ class StackCache:
         self.positions = [0] * num_rows
         """Rotary position of each row's next place."""
         self._columns = config.window or FIRST_COLUMNS
-        self._keys, self._values = self._buffers(num_rows), self._buffers(num_rows)
+        self._pairs = self._buffers(num_rows)
+        """Of each layer, keys and values [2,B,H,C,K]."""
         self._head_places = self._places_of_heads()
         self._rotations = self._table(FIRST_COLUMNS)
 
@@ -88,9 +89,9 @@ class StackCache:
         self.counts[row], self.positions[row] = kept, reader.position
         self._reserve()
         turn = self._rotations[None, reader.position - kept : reader.position, None]
-        for layer, (k, v) in enumerate(reader.pairs):
-            self._keys[layer][row, :, :kept] = rotate(k[:, held - kept :], turn)[0].transpose(0, 1)
-            self._values[layer][row, :, :kept] = v[0, held - kept :].transpose(0, 1)
+        for (keys, values), (k, v) in zip(self._pairs, reader.pairs, strict=bool(reader.pairs)):
+            keys[row, :, :kept] = rotate(k[:, held - kept :], turn)[0].transpose(0, 1)
+            values[row, :, :kept] = v[0, held - kept :].transpose(0, 1)
 
     def clear(self, row: int) -> None:
         """Forget a row's positions: the next one is its first."""
@@ -104,7 +105,7 @@ class StackCache:
         new = (old + (position - self.positions[row])).clamp(min=0)
         places = torch.arange(self.counts[row] - held, self.counts[row], device=self.device) % self._columns
         turned_back, turned = self._rotations[old][:, None].conj(), self._rotations[new][:, None]
-        for keys in self._keys:
+        for keys, _ in self._pairs:
             # The table's own angles undo themselves; float32 angles of the difference would be other ones.
             unrotated = rotate(keys[row].transpose(0, 1)[places], turned_back)
             keys[row].transpose(0, 1)[places] = rotate(unrotated, turned)
@@ -115,8 +116,8 @@ class StackCache:
         self.counts = [self.counts[row] for row in rows]
         self.positions = [self.positions[row] for row in rows]
         index = torch.tensor(rows, device=self.device)
-        self._keys = [keys[index] for keys in self._keys]
-        self._values = [values[index] for values in self._values]
+        self._pairs = [pairs[:, index] for pairs in self._pairs]
+        self._head_places = self._places_of_heads()
 
     def step(self, rows: Sequence[int] | None = None) -> "CacheStep":
         """The memory of one more position in each of these rows (distinct; all if None), which it counts as read."""
@@ -125,14 +126,14 @@ class StackCache:
         heads = self.config.num_kv_heads
         first = [row * heads * self._columns + self.counts[row] % self._columns for row in chosen]
         first_R, position_R = torch.tensor([first, [self.positions[row] for row in chosen]], device=self.device)
+        turn_R1C = self._rotations[position_R][:, None]
         for row in chosen:
             self.counts[row] += 1
             self.positions[row] += 1
         return CacheStep(
-            keys=self._keys,
-            values=self._values,
+            pairs=self._pairs,
             written_at=(first_R[:, None] + self._head_places).flatten(),
-            rotations_R11C=self._rotations[position_R][:, None, None],
+            rotations_R1HC=turn_R1C.expand(-1, self.config.heads + heads, -1)[:, None],
             groups=self._groups(chosen),
         )
 
@@ -145,27 +146,30 @@ class StackCache:
         if min(filled) < columns:
             hidden = torch.arange(columns, device=self.device) >= torch.tensor(filled, device=self.device)[:, None]
             mask = torch.zeros(hidden.shape, device=self.device, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
-        return [Group(slice(None), slice(None), columns, None if mask is None else mask[:, None, None])]
+            mask = mask.repeat_interleave(self.config.num_kv_heads, 0)[:, None]
+        return [Group(slice(None), slice(None), columns, mask)]
 
     def _reserve(self) -> None:
         """Room for one more position in every row, in the rotations and, without a window, in the buffers."""
         if max(self.positions) >= len(self._rotations):
             self._rotations = self._table(2 * max(self.positions))
         if self.config.window is None and max(self.counts) >= self._columns:
-            before, held = (self._keys, self._values), self._columns
+            before, held = self._pairs, self._columns
             self._columns = 2 * max(self.counts)
-            self._keys, self._values = self._buffers(len(self.counts)), self._buffers(len(self.counts))
-            for old, new in zip((*before[0], *before[1]), (*self._keys, *self._values), strict=True):
-                new[:, :, :held] = old
+            self._pairs = self._buffers(len(self.counts))
+            for old, new in zip(before, self._pairs, strict=True):
+                new[:, :, :, :held] = old
             self._head_places = self._places_of_heads()
 
     def _buffers(self, num_rows: int) -> list[Tensor]:
-        """Zeros [B,H,C,K] for each layer: what is masked must be finite."""
-        shape = (num_rows, self.config.num_kv_heads, self._columns, self.config.head_width)
+        """Zeros [2,B,H,C,K] for each layer: what is masked must be finite."""
+        shape = (2, num_rows, self.config.num_kv_heads, self._columns, self.config.head_width)
         return [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in range(self.config.layers)]
 
     def _places_of_heads(self) -> Tensor:
-        return torch.arange(self.config.num_kv_heads, device=self.device) * self._columns
+        """First place of row 0's keys, head by head, then of its values, in a buffer seen as [2*B*H*C,K]."""
+        heads = torch.arange(self.config.num_kv_heads, device=self.device) * self._columns
+        return torch.cat((heads, heads + len(self.counts) * len(heads) * self._columns))
 
     def _table(self, num_positions: int) -> Tensor:
         return rotations(torch.arange(num_positions, device=self.device)[None], self.config)[0, :, 0]
@@ -178,34 +182,35 @@ class Group:
     queries: slice
     rows: slice
     columns: int
-    mask_R11C: Tensor | None
+    mask_N1C: Tensor | None
+    """Of each row and key head."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheStep:
     """The memory of one position (T = 1) in each of R rows of a `StackCache`."""
 
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
+    pairs: Sequence[Tensor]
     written_at: Tensor
-    """Index int64 [R*H] of the new keys and values in a buffer seen as [B*H*C,K]."""
-    rotations_R11C: Tensor
+    """Index int64 [R*2*H] of the new keys and values in a buffer seen as [2*B*H*C,K]."""
+    rotations_R1HC: Tensor
+    """Of queries and keys."""
     groups: Sequence[Group]
 
     def attend(self, layer: int, qkv_BTNK: Tensor, heads: int) -> Tensor:
-        keys, values = self.keys[layer], self.values[layer]
-        turning = heads + keys.shape[1]  # queries and keys turn together
-        turned = rotate(qkv_BTNK[:, :, :turning], self.rotations_R11C)[:, 0]
-        keys.view(-1, keys.shape[-1]).index_copy_(0, self.written_at, turned[:, heads:].flatten(0, 1))
-        values.view(-1, keys.shape[-1]).index_copy_(0, self.written_at, qkv_BTNK[:, 0, turning:].flatten(0, 1))
-        q_RHGK = turned[:, :heads].unflatten(1, (keys.shape[1], -1))
+        pairs, turning = self.pairs[layer], self.rotations_R1HC.shape[2]  # queries and keys turn together
+        turned = rotate(qkv_BTNK[:, :, :turning], self.rotations_R1HC)
+        new = torch.cat((turned[:, 0, heads:], qkv_BTNK[:, 0, turning:]), 1)
+        pairs.view(-1, pairs.shape[-1]).index_copy_(0, self.written_at, new.flatten(0, 1))
+        keys, values = pairs.unbind()
+        q_RHGK = turned[:, 0, :heads].unflatten(1, (keys.shape[1], -1))
         out = [
             place_attention(
-                q_RHGK[group.queries],
-                keys[group.rows, :, : group.columns],
-                values[group.rows, :, : group.columns],
-                group.mask_R11C,
+                q_RHGK[group.queries].flatten(0, 1),
+                keys[group.rows, :, : group.columns].flatten(0, 1),
+                values[group.rows, :, : group.columns].flatten(0, 1),
+                group.mask_N1C,
             )
             for group in self.groups
         ]
-        return (out[0] if len(out) == 1 else torch.cat(out)).flatten(1, 2)[:, None]
+        return (out[0] if len(out) == 1 else torch.cat(out)).view(len(q_RHGK), 1, heads, -1)

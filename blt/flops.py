@@ -13,7 +13,7 @@ as configured, with its 4 slots and feed-forward widths rounded up to 256, comes
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from blt.vocabulary import VOCABULARY_SIZE
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from blt.entropy_model import EntropyModelConfig
     from blt.layers import TransformerConfig
     from blt.model import BLTConfig
+
+Counted = Literal["published", "done"]
+"""How a window counts: as the equations have it, or by the keys that its positions do see."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,11 +155,13 @@ def flops_per_byte(
     mean_patch_bytes: float,
     context_bytes: float,
     entropy_model_config: EntropyModelConfig | None = None,
+    counted: Counted = "published",
 ) -> FlopLedger:
     """The ledger of a model as configured: its feed-forward widths, key and value heads, slots and cross-attentions.
 
     `mean_patch_bytes` is bytes per patch, `context_bytes` the bytes that one latent context spans. With an entropy
-    model its forward pass counts too. Numbers that are not above 0 are a ValueError.
+    model its forward pass counts too. `counted` "done" is for shares of a machine's peak: the equations give a window
+    half the operations that it takes far into a document. Numbers that are not above 0 are a ValueError.
     """
     encoder, decoder = config.local_encoder, config.local_decoder
     cross, hashes = config.cross_attention, config.hash_embedding
@@ -167,13 +172,15 @@ def flops_per_byte(
         decoder=_stack(decoder),
         mean_patch_bytes=mean_patch_bytes,
         context_bytes=context_bytes,
-        window=_window(encoder, context_bytes),
-        decoder_window=_window(decoder, context_bytes),
+        window=_window(encoder, context_bytes, counted),
+        decoder_window=_window(decoder, context_bytes, counted),
         slots=cross.slots,
         encoder_cross_layers=encoder_cross_layers,
         decoder_cross_layers={"all": decoder.layers, "first": min(1, decoder.layers), "none": 0}[cross.decoder_layers],
     )
-    entropy_flops = 0.0 if entropy_model_config is None else entropy_flops_per_byte(entropy_model_config, context_bytes)
+    entropy_flops = 0.0
+    if entropy_model_config is not None:
+        entropy_flops = entropy_flops_per_byte(entropy_model_config, context_bytes, counted)
     return replace(
         ledger,
         projections=_projection_flops(config) / mean_patch_bytes,
@@ -182,10 +189,10 @@ def flops_per_byte(
     )
 
 
-def entropy_flops_per_byte(config: EntropyModelConfig, context_bytes: float) -> float:
+def entropy_flops_per_byte(config: EntropyModelConfig, context_bytes: float, counted: Counted = "published") -> float:
     """Forward pass of an entropy model for one byte."""
     shape = config.transformer
-    return transformer_flops(_stack(shape), _window(shape, context_bytes), VOCABULARY_SIZE)
+    return transformer_flops(_stack(shape), _window(shape, context_bytes, counted), VOCABULARY_SIZE)
 
 
 def _projection_flops(config: BLTConfig) -> float:
@@ -212,8 +219,15 @@ def _cross_stack(stack: Stack, layers: int | None) -> Stack:
     return Stack(width=stack.width, layers=stack.layers if layers is None else layers)
 
 
-def _window(shape: TransformerConfig, context_bytes: float) -> float:
-    return context_bytes if shape.window is None else min(shape.window, context_bytes)
+def _window(shape: TransformerConfig, context_bytes: float, counted: Counted) -> float:
+    """m, of which (m + 1) / 2 keys are counted for a position."""
+    if shape.window is None or shape.window >= context_bytes:
+        return context_bytes
+    if counted == "published":
+        return shape.window
+    # All see a whole window but the first ones: 1 + 2 + ... + (window - 1) keys instead of (window - 1) x window.
+    seen = shape.window - shape.window * (shape.window - 1) / (2 * context_bytes)
+    return 2 * seen - 1
 
 
 def _check_positive(**values: float) -> None:

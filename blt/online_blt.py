@@ -16,6 +16,7 @@ from blt.decoding_cache import RowReader, StackCache
 from blt.hash_embedding import HashWindows
 from blt.model import BLT
 from blt.segments import gather_rows
+from blt.step_blocks import blt_for_steps
 
 CHUNK_BYTES = 4096
 """A prompt is read in chunks of about this many bytes, which bounds the memory that it takes."""
@@ -25,7 +26,7 @@ class OnlineBLT:
     """What a model has to remember of documents."""
 
     def __init__(self, model: BLT, num_documents: int) -> None:
-        self.model, config = model, model.config
+        self.model, self._steps, config = model, blt_for_steps(model), model.config
         like = model.local_decoder.output.weight
         self.device = like.device
         self._encoder = StackCache(config.local_encoder, num_documents, like)
@@ -60,7 +61,7 @@ class OnlineBLT:
 
     def step(self, ids: Sequence[int], starts: Sequence[bool]) -> Tensor:
         """Logits [B,V] after one more byte (its id) of each document; starts: whether the next opens a patch."""
-        encoder, decoder = self.model.local_encoder, self.model.local_decoder
+        encoder, decoder = self._steps.local_encoder, self._steps.local_decoder
         ids_B = torch.tensor(ids, device=self.device)
         h_BD = encoder.byte_embedding(ids_B)
         if self._hashes is not None:
@@ -85,14 +86,14 @@ class OnlineBLT:
 
     def _end_patches(self, documents: Sequence[int]) -> None:
         """Read the patches that these documents are in with the latent transformer, and begin new ones."""
-        decoder = self.model.local_decoder
+        decoder = self._steps.local_decoder
         patches = [torch.cat(self._open[document]) for document in documents]
         lengths = torch.tensor([len(patch) for patch in patches], device=self.device)
         patch_N = torch.arange(len(patches), device=self.device).repeat_interleave(lengths)
         states = torch.cat(patches)[None].unbind(2)
-        slots_BRkD = self.model.local_encoder.patch_slots(states, patch_N, len(patches))
+        slots_BRkD = self._steps.local_encoder.patch_slots(states, patch_N, len(patches))
         memory = self._latent.step(documents)
-        vectors = decoder.project(self.model.latent(slots_BRkD[0].flatten(-2)[:, None], memory))
+        vectors = decoder.project(self._steps.latent(slots_BRkD[0].flatten(-2)[:, None], memory))
         index_R = torch.tensor(documents, device=self.device)
         for layer, readings in enumerate(self._readings):
             readings.index_copy_(0, index_R, decoder.reading(vectors, layer))

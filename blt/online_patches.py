@@ -16,6 +16,7 @@ from blt.decoding_cache import StackCache
 from blt.entropy_model import ContextStream, EntropyModel, next_byte_entropy, starts_again
 from blt.errors import ConfigError
 from blt.patching import PatchRule, document_patch_starts, patch_starts
+from blt.step_blocks import entropy_model_for_steps
 from blt.vocabulary import BOS, encode
 
 NEWLINE = int(encode(b"\n"))
@@ -29,7 +30,7 @@ class OnlineEntropies:
     """Next-byte entropies of growing documents; equal to those of `document_entropies` to 1e-4 nats in float32."""
 
     def __init__(self, model: EntropyModel, reset_on_newline: bool, num_documents: int) -> None:
-        self.model, self.reset_on_newline = model, reset_on_newline
+        self.model, self._steps, self.reset_on_newline = model, entropy_model_for_steps(model), reset_on_newline
         self._cache = StackCache(model.config.transformer, num_documents, model.output.weight)
         self._read = [0] * num_documents
 
@@ -55,7 +56,7 @@ class OnlineEntropies:
                 self._cache.rebase(document, self.model.config.window - 1)
             self._read[document] += 1
         ids_BT = torch.tensor(ids, device=self._cache.device)[:, None]
-        return next_byte_entropy(self.model.logits(ids_BT, self._cache.step())[:, 0]).cpu()
+        return next_byte_entropy(self._steps.logits(ids_BT, self._cache.step())[:, 0]).cpu()
 
     def keep(self, documents: Sequence[int]) -> None:
         """Only these documents go on, in this order."""

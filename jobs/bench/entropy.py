@@ -73,7 +73,7 @@ def run(config: Config) -> BenchResult:
         subjects[config.against] = lambda: _theirs(patcher, documents, device)
     turns = take_turns(subjects, config.repeats, device, torch.float32)
     num_bytes = sum(map(len, documents))
-    flops = sum(len(text) * entropy_flops_per_byte(config.model, len(text)) for text in documents) / num_bytes
+    flops = sum(len(text) * entropy_flops_per_byte(config.model, len(text), "done") for text in documents) / num_bytes
     figures: dict[str, Any] = {
         "documents": len(documents),
         "measured_bytes": num_bytes,

@@ -94,7 +94,7 @@ def _measure(config: Config, shape: RowShape, model: nn.Module, peer: Any) -> di
         subjects["theirs"] = lambda: _theirs(peer, batch)
     turns = take_turns(subjects, config.repeats, device, autocast or torch.float32)
     num_bytes = shape.bytes * shape.rows
-    flops = flops_per_byte(config.model, MEAN_PATCH_BYTES, shape.bytes).training
+    flops = flops_per_byte(config.model, MEAN_PATCH_BYTES, shape.bytes, counted="done").training
     figures = {"flops_per_byte": round(flops)} | speed_figures(turns["ours"], num_bytes, flops)
     if is_compared:
         figures[str(config.against)] = speed_figures(turns["theirs"], num_bytes, flops)

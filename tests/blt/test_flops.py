@@ -198,3 +198,12 @@ def test_a_window_counts_no_more_than_the_context() -> None:
 def test_numbers_that_make_no_sense_are_refused(mean_patch_bytes: float, context_bytes: float) -> None:
     with pytest.raises(ValueError, match="above 0"):
         flops_per_byte(published_8b(), mean_patch_bytes, context_bytes)
+
+
+@pytest.mark.parametrize(("window", "length"), [(4, 3), (4, 4), (4, 5), (4, 40), (7, 100)])
+def test_operations_done_are_those_of_the_keys_seen(window: int, length: int) -> None:
+    config = EntropyModelConfig(transformer=TransformerConfig(width=8, layers=3, heads=2, window=window))
+    keys = sum(min(position + 1, window) for position in range(length)) / length
+    done, without = (entropy_flops_per_byte(config, length, "done"), entropy_flops_per_byte(config, 1, "done"))
+    assert done - without == pytest.approx(4 * 3 * 8 * (keys - 1))
+    assert entropy_flops_per_byte(config, length) <= done
