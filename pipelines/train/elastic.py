@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
+from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
 from ray.util.placement_group import placement_group_table
@@ -58,6 +59,8 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         self._is_resizing = type(previous_state).__name__ == "ResizingState"
+        if type(current_state).__name__ == "ReschedulingState":
+            self._note_failed_start(current_state.training_failed_error)
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """Have the workers save before their group is torn down for another one; or wait for room for a replica."""
@@ -84,16 +87,28 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
         rank, error = next(iter(errors.items()))
         hangs = isinstance(error, WorkerHealthCheckTimeoutError)
         self._tell("hang" if hangs else "failure", f"worker {rank}: {_line(error)}")
-        failures: int = ray.get(self._recorder.failures.remote())
         if fatal := [error for error in errors.values() if is_fatal(error)]:
             self._fault = _line(fatal[0])
-        elif failures > self._max_failures:
-            self._fault = too_many_failures(failures, self._max_failures, _line(error))
+        else:
+            self._end_if_too_many(_line(error))
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """End the run where another try is of no use: an exception from here is not retried."""
         if self._fault is not None:
             raise TrainingError(self._fault)
+
+    def _note_failed_start(self, error: Exception) -> None:
+        """Of a group; Ray Train starts it again and again. One that waits for places has not failed."""
+        cause = error.controller_failure if isinstance(error, ControllerError) else error
+        if isinstance(cause, WorkerGroupStartupTimeoutError):
+            return
+        self._tell("failure", f"the workers did not start: {_line(cause)}")
+        self._end_if_too_many(_line(cause))
+
+    def _end_if_too_many(self, last: str) -> None:
+        failures: int = ray.get(self._recorder.failures.remote())
+        if failures > self._max_failures:
+            self._fault = too_many_failures(failures, self._max_failures, last)
 
     def _news(self, errors: Mapping[int, Exception]) -> dict[int, Exception]:
         """Those of workers whose errors were not told before."""

@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 from ray.train.v2._internal.execution import callback as callbacks
 from ray.train.v2._internal.execution import context
 from ray.train.v2._internal.execution.controller import state
@@ -36,6 +42,7 @@ def test_ray_train_has_the_hooks_that_are_used(base: type, name: str) -> None:
 
 def test_ray_train_has_the_state_and_the_notice_that_are_looked_for() -> None:
     assert state.ResizingState.__name__ == "ResizingState"
+    assert state.ReschedulingState.__name__ == "ReschedulingState"
     assert "preemption_context" in inspect.signature(context.TrainContext).parameters
 
 
@@ -103,6 +110,28 @@ def test_failures_are_recovered_from_until_there_are_too_many() -> None:
     with pytest.raises(TrainingError, match=r"3 failures without .*, max_failures is 2; the last: .*still waiting"):
         polled(callback, {0: WorkerHealthCheckTimeoutError("still waiting")})
     assert told.causes == ["failure", "failure", "hang"]
+
+
+def test_workers_that_never_start_end_the_run() -> None:
+    """Ray Train would start them without end: a node on which a library is missing, say."""
+    told = Told()
+    callback = made(told, max_failures=1)
+    failed = state.ReschedulingState(ControllerError(WorkerGroupStartupFailedError("no module named torch")))
+    callback.after_controller_state_update(state.SchedulingState(None), failed)
+    callback.before_controller_execute_failure_decision(None)
+    callback.after_controller_state_update(state.SchedulingState(None), failed)
+    assert told.causes == ["failure", "failure"]
+    with pytest.raises(TrainingError, match=r"2 failures without .*no module named torch"):
+        callback.before_controller_execute_failure_decision(None)
+
+
+def test_waiting_for_places_is_no_failure() -> None:
+    told = Told()
+    callback = made(told, max_failures=0)
+    waits = state.ReschedulingState(ControllerError(WorkerGroupStartupTimeoutError(3)))
+    callback.after_controller_state_update(state.SchedulingState(None), waits)
+    callback.before_controller_execute_failure_decision(None)
+    assert told.causes == []
 
 
 def test_an_error_that_is_looked_at_again_and_again_is_one() -> None:
