@@ -32,8 +32,8 @@ class Batch:
         """The batch in pages that a CUDA device copies from on its own."""
         lengths = self.patch_lengths_BP
         return Batch(
-            byte_ids_BT=self.byte_ids_BT.pin_memory(),
-            targets_BT=self.targets_BT.pin_memory(),
+            byte_ids_BT=self.byte_ids_BT.contiguous().pin_memory(),
+            targets_BT=self.targets_BT.contiguous().pin_memory(),
             document_ids_BT=self.document_ids_BT.pin_memory(),
             patch_lengths_BP=None if lengths is None else lengths.pin_memory(),
         )

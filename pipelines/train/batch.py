@@ -1,7 +1,7 @@
 """Sequences in, one micro-batch of tensors out: the rows padded to the longest, targets beside the ids.
 
 Shapes: B rows, T input bytes, M = T + 1 ids of a row, P patches. Padding: id 0, document -1, target -1, one patch for
-all of a row's padding. Python handles the places of documents and padding, numpy all rows' bytes at once.
+all of a row's padding. Python handles the places of documents and padding, numpy their bytes.
 """
 
 from collections.abc import Sequence
@@ -22,23 +22,23 @@ def make_batch(sequences: Sequence[PackedSequence], with_patches: bool) -> Batch
     if not sequences:
         return _padding_batch(with_patches)
     size = max(len(sequence) for sequence in sequences)
-    rows = [(number * size, sequence, sequence.parts()) for number, sequence in enumerate(sequences)]
-    bos = [row + place for row, _, parts in rows for place in parts.bos]
-    eos = [row + place for row, _, parts in rows for place in parts.eos]
-    padding = [place for row, sequence, _ in rows for place in range(row + len(sequence), row + size)]
-    context = [place for row, sequence, _ in rows for place in range(row, row + sequence.context)]
-    text = np.zeros(len(rows) * size, np.uint8)
-    is_byte = np.ones(len(text), np.bool_)
-    is_byte[bos + eos + padding] = False
-    text[is_byte] = np.concatenate([parts.text for _, _, parts in rows])
-    ids = np.add(text, BYTE_OFFSET, dtype=np.int16)
-    ids[bos], ids[eos], ids[padding] = BOS, EOS, BOE
+    ids = np.zeros((len(sequences), size), np.int16)
+    rows = [(sequence, sequence.parts()) for sequence in sequences]
+    for row, (sequence, parts) in zip(ids, rows, strict=True):
+        read = 0
+        for begin, end in parts.runs(len(sequence)):
+            row[begin:end] = parts.text[read : read + end - begin]
+            read += end - begin
+    ids += BYTE_OFFSET
+    for row, (sequence, parts) in zip(ids, rows, strict=True):
+        row[parts.bos], row[parts.eos], row[len(sequence) :] = BOS, EOS, BOE
     targets = ids.copy()
-    targets[bos + padding + context] = NO_TARGET
+    for row, (sequence, parts) in zip(targets, rows, strict=True):
+        row[: sequence.context], row[parts.bos], row[len(sequence) :] = NO_TARGET, NO_TARGET, NO_TARGET
     return Batch(
-        byte_ids_BT=torch.from_numpy(np.ascontiguousarray(ids.reshape(-1, size)[:, :-1])),
-        targets_BT=torch.from_numpy(np.ascontiguousarray(targets.reshape(-1, size)[:, 1:])),
-        document_ids_BT=_document_ids([(len(sequence), parts) for _, sequence, parts in rows], size - 1),
+        byte_ids_BT=torch.from_numpy(ids)[:, :-1],
+        targets_BT=torch.from_numpy(targets)[:, 1:],
+        document_ids_BT=_document_ids([(len(sequence), parts) for sequence, parts in rows], size - 1),
         patch_lengths_BP=_patch_lengths(sequences, size) if with_patches else None,
     )
 

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from itertools import islice
 
+import torch
+
 from blt.step import Batch
 from pipelines.storage import Storage
 from pipelines.train.batch import make_batch
@@ -21,6 +23,7 @@ from pipelines.train.packing import PackedSequence, cut_sequences
 from pipelines.train.row_group import read_row_group
 
 PREFETCHED_STEPS = 2
+_CPU = torch.device("cpu")
 _READERS = 8
 """Row groups read at the same time: requests to S3 wait together, and decompression has all cores."""
 
@@ -118,11 +121,14 @@ class Feed:
     """Gives any rank's micro-batches of any step; a context manager that ends its thread.
 
     A thread reads and assembles the steps that follow the last one asked for, for the same rank and world size. Asking
-    for anything else drops those and begins there, with the row groups that are in memory.
+    for anything else drops those and begins there, with the row groups that are in memory. For a CPU, batches are as
+    `Batch.to` gives them, which leaves the consumer's thread nothing to do; else they are in pinned memory.
     """
 
-    def __init__(self, root: str, index: Index, config: FeedConfig, end_step: int, *, pin_memory: bool = False) -> None:
-        self._config, self._end, self._pin_memory = config, end_step, pin_memory
+    def __init__(
+        self, root: str, index: Index, config: FeedConfig, end_step: int, *, device: torch.device = _CPU
+    ) -> None:
+        self._config, self._end, self._device = config, end_step, device
         self._with_patches = index.sequence_patches is not None
         self._order = config.order(index)
         self._reader = SequenceReader(root, index, (config.shuffle_row_groups + 1) * self._order.num_sources)
@@ -174,7 +180,7 @@ class Feed:
         wanted = micro_steps(config.global_batch, size, world_size)
         batches = [make_batch(sequences[i * size : (i + 1) * size], self._with_patches) for i in range(wanted)]
         return StepBatches(
-            batches=[batch.pinned() for batch in batches] if self._pin_memory else batches,
+            batches=[batch.to(_CPU) if self._device.type == "cpu" else batch.pinned() for batch in batches],
             sequence_hash=sum(map(sequence_id, positions, places)) % 2**64,
             patches=sum(sequence.num_patches for sequence in sequences),
         )

@@ -11,7 +11,7 @@ Shapes: N places of a row group, one for each id; D documents.
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +60,13 @@ class Parts(NamedTuple):
     """Places of BOS, counted from the sequence's first."""
     eos: list[int]
     """Places of EOS; all other places hold the bytes in turn."""
+
+    def runs(self, num_ids: int) -> Iterator[tuple[int, int]]:
+        """First place and end of each document's or fragment's bytes, of a sequence of so many ids."""
+        begins = [place + 1 for place in self.bos]
+        if not self.bos or self.bos[0] > 0:
+            begins.insert(0, 0)
+        return zip_longest(begins, self.eos, fillvalue=num_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ class Worker:
         peak = device_peak_flops(self.device, self.autocast or torch.float32)
         self.recorder.joined.remote(self.name, self.place.steps_done, peak)
         data, order = (self.job.data, self.job.train_index), FeedConfig.of(self.config)
-        feeding = Feed(*data, order, self.config.steps, pin_memory=self.device.type == "cuda")
+        feeding = Feed(*data, order, self.config.steps, device=self.device)
         with feeding as feed, self.watchdog:
             while not self._is_over():
                 self._round(feed)
