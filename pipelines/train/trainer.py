@@ -32,11 +32,12 @@ from pipelines.train.checks import check_data, check_survival
 from pipelines.train.config import TrainConfig
 from pipelines.train.elastic import ElasticCallback, too_many_failures
 from pipelines.train.index import build_index
-from pipelines.train.job import TrainJob, check_init_from
+from pipelines.train.job import TrainJob
 from pipelines.train.metrics import Record, read_metrics
 from pipelines.train.recorder import RecorderConfig, RecorderHandle, start_recorder
 from pipelines.train.replicated import replicated_backend
 from pipelines.train.sequence_estimate import mean_patch_bytes
+from pipelines.train.start import check_start, resolved
 from pipelines.train.survival import Cluster
 from pipelines.train.timeline import Event
 from pipelines.train.worker import train_worker
@@ -79,7 +80,7 @@ def resolve_job(
     patches = config.sequence_patches if is_blt else None
     return TrainJob(
         kind="blt" if is_blt else "entropy_model",
-        config=TrainConfig(**{item.name: getattr(config, item.name) for item in fields(TrainConfig)}),
+        config=resolved(TrainConfig(**{item.name: getattr(config, item.name) for item in fields(TrainConfig)})),
         model=model,
         data=Storage(data).root_uri,
         train_index=build_index(data, "train", patches, config.sequence_bytes),
@@ -88,7 +89,7 @@ def resolve_job(
         mean_patch_bytes=mean_patch_bytes(manifest.split("train")),
         patching=manifest.patching,
         entropy_model=None if entropy_model is None else Storage(entropy_model).root_uri,
-        init_fingerprint=None if config.init_from is None else check_init_from(config.init_from, model),
+        init_fingerprint=check_start(config, model, manifest.patching),
     )
 
 
@@ -222,9 +223,12 @@ def _export(job: TrainJob, checkpoints: Checkpoints) -> None:
     model = job.without_weights()
     checkpoints.load_model(steps[0], model.state_dict())
     provenance = {"run": job.fingerprint, "step": str(steps[0]), "data": job.train_index.dataset}
-    with tempfile.TemporaryDirectory(prefix="blt-model-") as directory:
-        job.save_model(model, Path(directory), provenance)
-        store_model(directory, f"{job.output}/{MODEL_NAME}")
+    for key in ("init_from", "init_latent_from"):
+        if (directory := getattr(job.config, key)) is not None:
+            provenance[key] = f"{directory.rstrip('/').rpartition('/')[2]} ({job.init_fingerprint})"
+    with tempfile.TemporaryDirectory(prefix="blt-model-") as local:
+        job.save_model(model, Path(local), provenance)
+        store_model(local, f"{job.output}/{MODEL_NAME}")
 
 
 def _tell(account: Account) -> None:
