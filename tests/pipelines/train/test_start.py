@@ -1,4 +1,7 @@
-"""What a run starts from: a Llama's blocks in the latent transformer, or another model; it is part of its name."""
+"""What a run starts from: a Llama's blocks in the latent transformer, or another model; it is part of its name.
+
+Runs through Ray Train that start from a Llama are in test_survival.py (kill -9) and test_repeatability.py.
+"""
 
 import json
 from dataclasses import replace
@@ -20,12 +23,10 @@ from pipelines.storage import Storage
 from pipelines.train.config import TrainConfig
 from pipelines.train.job import TrainJob
 from pipelines.train.start import check_start, initial_weights, resolved
-from pipelines.train.trainer import train
 from tests.llama_checkpoint import write_llama
 from tests.model_cases import blt_config, transformer_config
 from tests.pipelines.train.test_resume import job
-from tests.pipelines.train.test_survival import disturbed, send
-from tests.pipelines.train.tiny_run import CONFIG, assert_follows, expected_curve, tiny_job, write_tiny_patches
+from tests.pipelines.train.tiny_run import CONFIG, write_tiny_patches
 from tests.s3_server import S3Server
 from tests.small_language_model import small_language_model
 
@@ -152,22 +153,3 @@ def test_a_llama_on_s3(s3: S3Server, tmp_path: Path) -> None:
         "pytorch_model.bin",
         "generation_config.json",
     }
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_local")
-def test_training_from_a_llama_survives_in_both_ways(data: str, tmp_path: Path) -> None:
-    """A worker dies on the way: the curve stays that of one process, with the Llama's blocks at a tenth of the rate."""
-    write_llama(tmp_path / "llama")
-    for survival in ("sharded", "replicated"):
-        given = {"init_latent_from": str(tmp_path / "llama"), "survival": survival, "checkpoint_every": 5}
-        run = tiny_job(data, tmp_path / survival, workers=2, steps=40, **given)
-        assert run.config.optimizer.latent_lr_scale == 0.1
-        account = disturbed(run, (15, send(9, 1)))
-        assert account.interruptions
-        assert_follows(run.output, expected_curve(run))
-        assert "llama (" in load(f"{tmp_path / survival}/model").provenance["init_latent_from"]
-    again = tiny_job(data, tmp_path / "sharded", workers=1, steps=40, **given)
-    assert again.run == run.run
-    assert train(again).steps == 40
