@@ -61,7 +61,7 @@ def latent_start(directory: str, model: BLTConfig) -> LlamaBlocks:
     try:
         return llama_blocks(local_checkpoint(directory), model)
     except ConfigError as error:
-        raise ConfigError(f'key "init_latent_from": {error}') from error
+        raise ConfigError(f'key "init_latent_from": {error}') from None  # one line says all
 
 
 def initial_weights(
