@@ -24,6 +24,7 @@ from blt.entropy_model import EntropyModelConfig
 from blt.errors import ConfigError, TrainingError
 from blt.model import BLTConfig
 from pipelines.environment import environment_defaults
+from pipelines.manifest import read_manifest
 from pipelines.model_files import store_model
 from pipelines.storage import Storage
 from pipelines.train.account import Account
@@ -40,6 +41,7 @@ from pipelines.train.sequence_estimate import mean_patch_bytes
 from pipelines.train.start import check_start, resolved
 from pipelines.train.survival import Cluster
 from pipelines.train.timeline import Event
+from pipelines.train.told_sources import training_sources, write_sources
 from pipelines.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
@@ -115,14 +117,15 @@ def train(job: TrainJob, on_step: Callable[[Record], None] = lambda record: None
     ray.get(recorder.started.remote())
     with _followed(recorder, on_step):
         _fit(job, recorder, checkpoints)
-    _export(job, checkpoints)
-    checkpoints.clean()
     account: Account = ray.get(recorder.account.remote())
     fault: str | None = ray.get(recorder.close.remote())
-    if fault is not None:
+    result = None if fault is not None else _result(job, account)
+    _export(job, checkpoints, result)
+    checkpoints.clean()
+    if result is None:
         raise TrainingError(f"{job.output}: the model is there, but not all of the run could be recorded: {fault}")
     _tell(account)
-    return _result(job, account)
+    return result
 
 
 def _fit(job: TrainJob, recorder: RecorderHandle, checkpoints: Checkpoints) -> None:
@@ -215,20 +218,28 @@ def _worker_environment(config: TrainConfig) -> dict[str, str]:
     return {CUBLAS_WORKSPACES: os.environ.get(CUBLAS_WORKSPACES, ":4096:8")}
 
 
-def _export(job: TrainJob, checkpoints: Checkpoints) -> None:
-    """OUTPUT/model from the checkpoint of the last step."""
+def _export(job: TrainJob, checkpoints: Checkpoints, result: TrainResult | None) -> None:
+    """OUTPUT/model from the checkpoint of the last step; it tells the figures of the run, if they were recorded."""
     steps = checkpoints.steps()
     if not steps or steps[0] != job.config.steps:
         raise TrainingError(f"{job.output}: the run ended at step {steps[0] if steps else 0} of {job.config.steps}")
     model = job.without_weights()
     checkpoints.load_model(steps[0], model.state_dict())
-    provenance = {"run": job.fingerprint, "step": str(steps[0]), "data": job.train_index.dataset}
+    with tempfile.TemporaryDirectory(prefix="blt-model-") as directory:
+        job.save_model(model, Path(directory), _provenance(job, result))
+        store_model(directory, f"{job.output}/{MODEL_NAME}")
+
+
+def _provenance(job: TrainJob, result: TrainResult | None) -> dict[str, str]:
+    """What the model's directory tells of the run: its card is filled from this."""
+    told = {"run": job.fingerprint, "step": str(job.config.steps), "data": job.train_index.dataset}
+    told["sources"] = write_sources(training_sources(read_manifest(job.data), job.config.sources))
+    if result is not None:
+        told |= {"bytes": str(result.bytes), "valid_bpb": f"{result.valid_bpb:.4f}"}
     for key in ("init_from", "init_latent_from"):
-        if (directory := getattr(job.config, key)) is not None:
-            provenance[key] = f"{directory.rstrip('/').rpartition('/')[2]} ({job.init_fingerprint})"
-    with tempfile.TemporaryDirectory(prefix="blt-model-") as local:
-        job.save_model(model, Path(local), provenance)
-        store_model(local, f"{job.output}/{MODEL_NAME}")
+        if (given := getattr(job.config, key)) is not None:
+            told[key] = f"{given.rstrip('/').rpartition('/')[2]} ({job.init_fingerprint})"
+    return told
 
 
 def _tell(account: Account) -> None:
