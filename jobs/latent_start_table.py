@@ -14,12 +14,13 @@ def print_latent_start(llama: LlamaBlocks, config: TrainConfig, console: Console
     """Print the layer map and what is not in it, to standard output unless told otherwise."""
     console, layers = console or Console(), llama.shape.layers
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for title, justify in (("Llama", "left"), ("BLT", "left"), ("shape", "right")):
-        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("Llama: layers.N", no_wrap=True)
+    table.add_column("BLT: latent.blocks.N", no_wrap=True)
+    table.add_column("shape", justify="right", no_wrap=True)
     for theirs, ours, shape in llama.layer_map():
         table.add_row(Text(theirs), Text(ours), Text(" x ".join(map(str, shape))))
     title = f"Latent transformer from {config.init_latent_from}: {layers} layers, N = 0 to {layers - 1}"
-    console.print(Text(title, style="bold"))
+    console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table)
     scale = resolved(config).optimizer.latent_lr_scale
     for line in (
@@ -27,4 +28,4 @@ def print_latent_start(llama: LlamaBlocks, config: TrainConfig, console: Console
         "rows of queries and keys stand in another order here: rotary pairs are neighbours",
         f"left out: {', '.join(llama.left_out) or 'nothing'}",
     ):
-        console.print(Text(line))
+        console.print(Text(line), soft_wrap=True)

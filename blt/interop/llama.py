@@ -10,7 +10,7 @@ starting from Llama 3.1.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from blt.checkpoint import weights_fingerprint
 from blt.config_json import json_object
 from blt.errors import CheckpointError, ConfigError
 from blt.interop.arguments import Arguments
-from blt.interop.renaming import Merged, Renaming, blocks, their_shapes
+from blt.interop.renaming import Renaming, blocks, their_shapes
 from blt.interop.transformers import NAMES, weights_path
 from blt.interop.transformers_config import ffn_rule
 from blt.interop.weights import read_tensors
@@ -68,11 +68,12 @@ class LlamaBlocks:
                     rows.copy_(part)
 
     def layer_map(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """For each of our parameters of a block: its name there, its name here, its shape here; layers as `N`."""
+        """For each of our parameters of a block: its name there and here, inside a layer, and its shape here."""
         for entry in self.renaming:
             if entry.ours.startswith(f"{_OURS}.0."):
                 rows = sum(len(self.tensors[name]) for name in entry.theirs)
-                yield _named_once(entry), _any_layer(entry.ours), (rows, *self.tensors[entry.theirs[0]].shape[1:])
+                shape = (rows, *self.tensors[entry.theirs[0]].shape[1:])
+                yield _as_one([_in_layer(name) for name in entry.theirs]), _in_layer(entry.ours), shape
 
     def _in_our_layout(self, name: str) -> Tensor:
         heads = {NAMES.query: self.shape.heads, NAMES.key: self.shape.num_kv_heads}.get(name.split(".")[-2])
@@ -168,15 +169,14 @@ def _ffn_hint(shape: TransformerConfig, ffn_width: int) -> str:
     return f" (ffn_multiplier={told} ffn_multiple_of={multiple_of} would give {ffn_width})"
 
 
-def _any_layer(name: str) -> str:
-    return name.replace(".0.", ".N.", 1)
+def _in_layer(name: str) -> str:
+    """Without the layer, and without `.weight`, with which all end."""
+    return name.partition(".0.")[2].removesuffix(".weight")
 
 
-def _named_once(entry: Merged) -> str:
-    """The names of a layer's tensors as one: `model.layers.N.self_attn.{q,k,v}_proj.weight`."""
-    first = _any_layer(entry.theirs[0])
-    if len(entry.theirs) == 1:
-        return first
-    head, _, _ = first.removesuffix("_proj.weight").rpartition(".")
-    kinds = ",".join(name.removesuffix("_proj.weight").rpartition(".")[2] for name in entry.theirs)
-    return f"{head}.{{{kinds}}}_proj.weight"
+def _as_one(names: Sequence[str]) -> str:
+    """`self_attn.{q,k,v}_proj` for those that are one matrix here."""
+    if len(names) == 1:
+        return names[0]
+    parts = [name.removesuffix("_proj").rpartition(".") for name in names]
+    return f"{parts[0][0]}.{{{','.join(kind for _, _, kind in parts)}}}_proj"

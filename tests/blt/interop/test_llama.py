@@ -84,9 +84,9 @@ def test_what_is_left_out_and_the_layer_map(tmp_path: Path) -> None:
     kept = found.tensors.keys() | set(found.left_out)
     assert kept == {name for name, _ in llama.named_parameters()}
     rows = {theirs: (ours, shape) for theirs, ours, shape in found.layer_map()}
-    assert rows["model.layers.N.self_attn.{q,k,v}_proj.weight"] == ("latent.blocks.N.attention.wqkv.weight", (80, 48))
-    assert rows["model.layers.N.mlp.{gate,up}_proj.weight"] == ("latent.blocks.N.feed_forward.w13.weight", (256, 48))
-    assert rows["model.layers.N.input_layernorm.weight"] == ("latent.blocks.N.attention_norm.weight", (48,))
+    assert rows["self_attn.{q,k,v}_proj"] == ("attention.wqkv", (80, 48))
+    assert rows["mlp.{gate,up}_proj"] == ("feed_forward.w13", (256, 48))
+    assert rows["input_layernorm"] == ("attention_norm", (48,))
     assert len(rows) == 6
 
 
