@@ -83,7 +83,7 @@ def run(config: Config) -> JobResult:
     return JobResult(
         seconds=round(time.monotonic() - started, 3),
         path=config.output,
-        bpb=None if evaluation is None else evaluation.bpb,
+        bpb=None if evaluation is None else round(evaluation.bpb, 4),
         figures=figures,
     )
 

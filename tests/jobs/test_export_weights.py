@@ -164,6 +164,11 @@ def test_the_card_is_filled_from_the_run(tmp_path: Path, capsys: pytest.CaptureF
         assert told in card
     assert "/secret/path" not in card
     assert "Lossy" not in card
+    assert "(2.2000 to 2.5000, 95 % interval by documents)" in card
+    single = replace(evaluation(language_model_fingerprint(model)), documents=1, bpb_low=2.3456, bpb_high=2.3456)
+    write_evaluation(str(tmp_path / "eval"), single)
+    assert export(model, tmp_path / "single", "--evaluation", str(tmp_path / "eval")) == 0
+    assert "2.3456 bits per byte (one document: no interval)" in (tmp_path / "single/README.md").read_text()
     write_evaluation(str(tmp_path / "eval"), evaluation("0" * 64))
     assert export(model, tmp_path / "again", *more) == 2
     assert "fingerprint 000000000000" in capsys.readouterr().err
