@@ -4,6 +4,7 @@ Writes OUTPUT/model (which eval, generate and Python's blt.load read), metrics.j
 """
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 
 from blt.checkpoint import language_model_config
@@ -24,6 +25,8 @@ from pipelines.train.job import RESOURCES, STARTS, TrainJob, check_entropy_model
 from pipelines.train.machine import Assumptions
 from pipelines.train.start import check_start, latent_start
 from pipelines.train.trainer import TrainResult, resolve_job, train
+
+logger = logging.getLogger(__name__)
 
 OPTIONS = ("init_from", "init_latent_from")
 
@@ -99,8 +102,12 @@ def init_of(config: TrainConfig, model: BLTConfig | EntropyModelConfig, patching
 
 
 def _show_latent_start(config: TrainConfig, shape: BLTConfig) -> None:
-    if config.init_latent_from is not None:
-        print_latent_start(latent_start(config.init_latent_from, shape), config)
+    if config.init_latent_from is None:
+        return
+    llama = latent_start(config.init_latent_from, shape)
+    facts = (config.init_latent_from, llama.shape.layers, llama.parameters, ",".join(llama.left_out))
+    logger.info("latent transformer starts from=%s layers=%d parameters=%d left_out=%s", *facts)
+    print_latent_start(llama, config)
 
 
 def follow(job: TrainJob) -> JobResult:

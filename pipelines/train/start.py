@@ -5,7 +5,6 @@ run's name, and the weights by name.
 """
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,9 +26,8 @@ from blt.model import BLT, BLTConfig
 from pipelines.manifest import Patching
 from pipelines.model_files import local_checkpoint, local_model
 from pipelines.model_patching import patching_differences
+from pipelines.storage import Storage
 from pipelines.train.config import TrainConfig
-
-logger = logging.getLogger(__name__)
 
 LATENT_LR_SCALE = 0.1
 """Learning rate of a latent transformer that starts from a Llama, over that of the rest (arXiv 2412.09871)."""
@@ -75,19 +73,22 @@ def initial_weights(
     torch.manual_seed(config.seed)
     weights = build().state_dict()
     if config.init_latent_from is not None and isinstance(model, BLTConfig):
-        llama = latent_start(config.init_latent_from, model)
-        llama.place(weights)
-        logger.info("latent transformer starts from=%s parameters=%d", config.init_latent_from, llama.parameters)
+        latent_start(config.init_latent_from, model).place(weights)
     return weights
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
-    """The configuration with the learning rate of the latent transformer that follows from what it starts from."""
+    """The configuration with the learning rate of the latent transformer that follows from what it starts from, and
+    with paths that workers, who are elsewhere, can follow.
+    """
     optimizer = config.optimizer
     if optimizer.latent_lr_scale is None:
         scale = LATENT_LR_SCALE if config.init_latent_from is not None else 1.0
         optimizer = dataclasses.replace(optimizer, latent_lr_scale=scale)
-    return dataclasses.replace(config, optimizer=optimizer)
+    init_from, init_latent_from = (
+        None if path is None else Storage(path).root_uri for path in (config.init_from, config.init_latent_from)
+    )
+    return dataclasses.replace(config, optimizer=optimizer, init_from=init_from, init_latent_from=init_latent_from)
 
 
 def _check_init_from(directory: str, model: BLTConfig | EntropyModelConfig, patching: Patching | None) -> str:

@@ -81,6 +81,20 @@ def test_the_learning_rate_of_the_latent_transformer(llama: str | None, given: f
     assert resolved(config).optimizer.latent_lr_scale == scale
 
 
+@pytest.mark.parametrize("key", ["init_from", "init_latent_from"])
+def test_workers_find_what_was_given_by_a_relative_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    write_llama(tmp_path / "given")
+    if key == "init_from":
+        save_language_model(small_language_model(), tmp_path / "given")
+    monkeypatch.chdir(tmp_path)
+    config = resolved(TrainConfig(**{**vars(CONFIG), key: "given"}))
+    monkeypatch.chdir("/")  # a worker's directory is another
+    weights = initial_weights(config, MODEL, lambda: BLT(MODEL))
+    assert weights.keys() == BLT(MODEL).state_dict().keys()
+
+
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="init_from and init_latent_from cannot both be given"):
         replace(CONFIG, init_from="a", init_latent_from="b")
