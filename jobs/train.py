@@ -23,7 +23,7 @@ from pipelines.model_files import local_model
 from pipelines.train.config import TrainConfig
 from pipelines.train.job import RESOURCES, STARTS, TrainJob, check_entropy_model
 from pipelines.train.machine import Assumptions
-from pipelines.train.start import check_start, latent_start
+from pipelines.train.start import check_start, latent_start, resolved
 from pipelines.train.trainer import TrainResult, resolve_job, train
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class DryRunConfig(Config, Assumptions):
 def run(config: Config) -> JobResult:
     """Train into `config.output` unless that is done."""
     manifest, shape = read_manifest(config.data), shape_of(config)
-    config = dataclasses.replace(config, model=shape)
+    config = dataclasses.replace(resolved(config), model=shape)
     if manifest.kind == "patches":
         check_entropy_model(manifest, config.data, config.entropy_model)
 

@@ -6,7 +6,7 @@ run's name, and the weights by name.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from pipelines.model_files import local_checkpoint, local_model
 from pipelines.model_patching import patching_differences
 from pipelines.storage import Storage
 from pipelines.train.config import TrainConfig
+
+Config = TypeVar("Config", bound=TrainConfig)
 
 LATENT_LR_SCALE = 0.1
 """Learning rate of a latent transformer that starts from a Llama, over that of the rest (arXiv 2412.09871)."""
@@ -77,7 +79,7 @@ def initial_weights(
     return weights
 
 
-def resolved(config: TrainConfig) -> TrainConfig:
+def resolved(config: Config) -> Config:
     """The configuration with the learning rate of the latent transformer that follows from what it starts from, and
     with paths that workers, who are elsewhere, can follow.
     """
