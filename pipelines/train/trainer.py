@@ -117,6 +117,7 @@ def train(job: TrainJob, on_step: Callable[[Record], None] = lambda record: None
     ray.get(recorder.started.remote())
     with _followed(recorder, on_step):
         _fit(job, recorder, checkpoints)
+    _check_whole(job, checkpoints)
     account: Account = ray.get(recorder.account.remote())
     fault: str | None = ray.get(recorder.close.remote())
     result = None if fault is not None else _result(job, account)
@@ -218,13 +219,17 @@ def _worker_environment(config: TrainConfig) -> dict[str, str]:
     return {CUBLAS_WORKSPACES: os.environ.get(CUBLAS_WORKSPACES, ":4096:8")}
 
 
-def _export(job: TrainJob, checkpoints: Checkpoints, result: TrainResult | None) -> None:
-    """OUTPUT/model from the checkpoint of the last step; it tells the figures of the run, if they were recorded."""
+def _check_whole(job: TrainJob, checkpoints: Checkpoints) -> None:
+    """TrainingError unless there is the checkpoint of the last step."""
     steps = checkpoints.steps()
     if not steps or steps[0] != job.config.steps:
         raise TrainingError(f"{job.output}: the run ended at step {steps[0] if steps else 0} of {job.config.steps}")
+
+
+def _export(job: TrainJob, checkpoints: Checkpoints, result: TrainResult | None) -> None:
+    """OUTPUT/model from the checkpoint of the last step; it tells the figures of the run, if they were recorded."""
     model = job.without_weights()
-    checkpoints.load_model(steps[0], model.state_dict())
+    checkpoints.load_model(job.config.steps, model.state_dict())
     with tempfile.TemporaryDirectory(prefix="blt-model-") as directory:
         job.save_model(model, Path(directory), _provenance(job, result))
         store_model(directory, f"{job.output}/{MODEL_NAME}")
