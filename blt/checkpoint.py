@@ -62,7 +62,7 @@ def fingerprint(model: BLT | EntropyModel) -> str:
     Independent of the device, not of the dtype: a model cast to bfloat16 is another model, with other entropies.
     """
     tensors = sorted(model.state_dict().items())
-    return _fingerprint(model.config, ((name, tensor.detach().cpu()) for name, tensor in tensors))
+    return weights_fingerprint(model.config, ((name, tensor.detach().cpu()) for name, tensor in tensors))
 
 
 def save_entropy_model(model: EntropyModel, directory: str | Path, provenance: Mapping[str, str] | None = None) -> None:
@@ -240,7 +240,8 @@ def _load_entropy_model(directory: Path, device: torch.device, dtype: torch.dtyp
     return model, stated
 
 
-def _fingerprint(config: BLTConfig | EntropyModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> str:
+def weights_fingerprint(config: object, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 (hex) of a configuration and of every tensor's name, dtype, shape and bytes, in the order given."""
     digest = hashlib.sha256(f"{type(config).__name__}{canonical_text(config)}".encode())
     for name, tensor in tensors:
         digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -250,7 +251,7 @@ def _fingerprint(config: BLTConfig | EntropyModelConfig, tensors: Iterable[tuple
 
 def _stored_fingerprint(config: BLTConfig | EntropyModelConfig, weights: Path) -> str:
     with safe_open(weights, framework="pt") as file:
-        return _fingerprint(config, ((name, file.get_tensor(name)) for name in sorted(file.keys())))
+        return weights_fingerprint(config, ((name, file.get_tensor(name)) for name in sorted(file.keys())))
 
 
 def _write_model(model: BLT | EntropyModel, directory: Path, kind: Kind, keys: dict[str, Json]) -> None:

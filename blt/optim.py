@@ -1,6 +1,7 @@
 """Optimiser and learning-rate schedules.
 
-In: a model, a step number. Out: AdamW over two groups of weights (decayed, not decayed) and the factor on its rate.
+In: a model, a step number. Out: AdamW over groups of weights (decayed or not, of the latent transformer or the rest)
+and the factor on its rate.
 Source: the published configurations (AdamW, betas .9/.95, eps 1e-8, weight decay 0.1, clip 1.0).
 """
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from blt.errors import ConfigError
 from blt.hash_embedding import HashEmbedding
+from blt.latent_transformer import LatentTransformer
 from blt.layers import RMSNorm
 
 
@@ -22,6 +24,9 @@ class OptimizerConfig:
 
     lr: float = 4e-4
     """Peak learning rate."""
+    latent_lr_scale: float | None = None
+    """Learning rate of the latent transformer, its input projection included, over that of the rest; null = 0.1 where
+    init_latent_from gives it its weights, as in the paper, else 1."""
     beta1: float = 0.9
     """Decay of the mean gradient."""
     beta2: float = 0.95
@@ -47,6 +52,8 @@ class OptimizerConfig:
         for name in ("lr", "eps"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.latent_lr_scale is not None and not 0 <= self.latent_lr_scale < float("inf"):
+            raise ConfigError(f"latent_lr_scale must be a finite number, at least 0, got {self.latent_lr_scale}")
         for name in ("beta1", "beta2", "min_ratio", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
@@ -72,28 +79,33 @@ def lr_factor(config: OptimizerConfig, step: int, total_steps: int) -> float:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over a model's weights."""
-    kept: list[nn.Parameter] = []
-    if not config.decay_norms_and_embeddings:
-        for module in model.modules():
-            if isinstance(module, RMSNorm | nn.Embedding | HashEmbedding):
-                kept.extend(module.parameters(recurse=False))
-    kept_ids = {id(parameter) for parameter in kept}
-    decayed = [parameter for parameter in model.parameters() if id(parameter) not in kept_ids]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+    """AdamW over a model's weights, for `set_lr`."""
+    kept, latent = set[int](), set[int]()
+    for module in model.modules():
+        if isinstance(module, LatentTransformer):
+            latent.update(map(id, module.parameters()))
+        if isinstance(module, RMSNorm | nn.Embedding | HashEmbedding) and not config.decay_norms_and_embeddings:
+            kept.update(map(id, module.parameters(recurse=False)))
+    scale = 1.0 if config.latent_lr_scale is None else config.latent_lr_scale
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        decay = 0.0 if id(parameter) in kept else config.weight_decay
+        groups.setdefault((decay, scale if id(parameter) in latent else 1.0), []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": of, "weight_decay": decay, "lr_scale": factor}
+            for (decay, factor), of in sorted(groups.items(), reverse=True)
+        ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=True,
     )
+    set_lr(optimizer, config.lr)
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The rate of every group from now on."""
+    """The rate of every group of `build_optimizer` from now on: `lr` times the group's own scale."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]

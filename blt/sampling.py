@@ -46,8 +46,8 @@ class Sampling:
 
 def next_ids(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
     """The ids chosen from logits of the next bytes; uses one uniform number of each row's generator unless greedy."""
-    allowed_BV = logits_BV.double().cpu()
-    allowed_BV[:, [special for special in range(BYTE_OFFSET) if special != EOS]] = -torch.inf
+    specials = torch.tensor([special for special in range(BYTE_OFFSET) if special != EOS])
+    allowed_BV = logits_BV.double().cpu().index_fill(1, specials, -torch.inf)
     if sampling.temperature == 0:
         greedy: list[int] = allowed_BV.argmax(1).tolist()
         return greedy

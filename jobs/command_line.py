@@ -1,7 +1,8 @@
 """The command line: `blt COMMAND --config FILE key.sub=value ...`, the same as `python -m jobs COMMAND ...`.
 
 Standard output ends with one line of JSON, the command's result; progress and logs go to standard error. The exit
-status is 0 for done, 1 for failed or incomplete, 2 for a bad command line or configuration, 130 for Ctrl-C.
+status is 0 for done, 1 for failed or incomplete, 2 for a bad command line or configuration, 130 for Ctrl-C, 141 where
+nobody reads the output any more.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from jobs.failure import exit_status, mendable, message
 from jobs.help import command_help, overview
 from jobs.log import log_to
 from jobs.record import JobResult
+from jobs.standard_output import READER_GONE, discard_output, reader_is_gone
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,18 @@ COMMANDS: dict[str, Command] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. Arguments are those after the program's name."""
+    try:
+        status = _main(arguments)
+        sys.stdout.flush()
+        return status
+    except (BrokenPipeError, SystemExit) as error:
+        if not reader_is_gone(error):
+            raise
+        discard_output()
+        return READER_GONE
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     program = "blt"
     try:
@@ -163,10 +177,14 @@ def _outcome(program: str, work: Callable[[], JobResult]) -> int:
     try:
         result = work()
     except SystemExit as stop:
+        if reader_is_gone(stop):
+            raise
         # SIGTERM in a Ray session has its own code; on Ctrl-C, Ray Train's signal handler leaves with 0.
         terminated = stop.code == 128 + signal.SIGTERM
         return _fail(program, *("terminated", 128 + signal.SIGTERM) if terminated else ("interrupted", INTERRUPTED))
     except Exception as error:
+        if reader_is_gone(error):
+            raise
         cause = mendable(error)
         if cause is None:
             logger.exception("failed unexpectedly")

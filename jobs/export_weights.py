@@ -25,7 +25,13 @@ from jobs.record import JobRecord, JobResult, read_record
 from pipelines.evaluate.evaluation import Evaluation, read_evaluation
 
 POSITIONAL = ("output",)
-OPTIONS = {"to": "format", "model": "model", "lossy-patching": "lossy_patching", "license": "license"}
+OPTIONS = {
+    "to": "format",
+    "model": "model",
+    "lossy-patching": "lossy_patching",
+    "evaluation": "evaluation",
+    "license": "license",
+}
 
 CARD_NAME = "README.md"
 
@@ -77,7 +83,7 @@ def run(config: Config) -> JobResult:
     return JobResult(
         seconds=round(time.monotonic() - started, 3),
         path=config.output,
-        bpb=None if evaluation is None else evaluation.bpb,
+        bpb=None if evaluation is None else round(evaluation.bpb, 4),
         figures=figures,
     )
 

@@ -14,7 +14,7 @@ from pipelines.train.run_sizes import MicroBatch
 
 Figures = Mapping[str, float | str | None]
 
-SUMMARY = "say what the run would take of memory, FLOPs, traffic and time; writes nothing"
+SUMMARY = "say what memory, FLOPs, traffic and time it would take; writes nothing"
 OPTIONS = ("device", "mfu")
 """Of the keys of `Assumptions`, those that are options as well."""
 

@@ -3,22 +3,34 @@
 Writes OUTPUT/model (which eval, generate and Python's blt.load read), metrics.jsonl, tensorboard/ and checkpoints/.
 """
 
+import dataclasses
+import logging
 from dataclasses import dataclass
 
+from blt.checkpoint import language_model_config
 from blt.entropy_model import EntropyModelConfig
+from blt.errors import ConfigError
 from blt.model import BLTConfig
 from jobs.action import Action
-from jobs.forecast_result import OPTIONS, SUMMARY, forecast_result
+from jobs.forecast_result import OPTIONS as FORECAST_OPTIONS
+from jobs.forecast_result import SUMMARY, forecast_result
+from jobs.latent_start_table import print_latent_start
 from jobs.progress import progress
 from jobs.ray_session import ray_session
 from jobs.record import JobResult, run_once
-from pipelines.manifest import read_manifest
+from pipelines.manifest import Patching, read_manifest
+from pipelines.model_files import local_model
 from pipelines.train.config import TrainConfig
-from pipelines.train.job import RESOURCES, TrainJob, check_entropy_model, check_init_from
+from pipelines.train.job import RESOURCES, STARTS, TrainJob, check_entropy_model
 from pipelines.train.machine import Assumptions
+from pipelines.train.start import check_start, latent_start, resolved
 from pipelines.train.trainer import TrainResult, resolve_job, train
 
-NOT_IN_OUTPUT = ("output", "data", "documents", "entropy_model", "init_from", *RESOURCES)
+logger = logging.getLogger(__name__)
+
+OPTIONS = ("init_from", "init_latent_from")
+
+NOT_IN_OUTPUT = ("output", "data", "documents", "entropy_model", *STARTS, *RESOURCES)
 """Keys that have no say in the output: resources, and paths whose content the fingerprint of the inputs covers."""
 
 
@@ -26,8 +38,8 @@ NOT_IN_OUTPUT = ("output", "data", "documents", "entropy_model", "init_from", *R
 class Settings(TrainConfig):
     """A training run apart from its paths."""
 
-    model: BLTConfig
-    """Shape of the BLT."""
+    model: BLTConfig | None = None
+    """Shape of the BLT; null takes that of init_from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,29 +61,53 @@ class DryRunConfig(Config, Assumptions):
 
 def run(config: Config) -> JobResult:
     """Train into `config.output` unless that is done."""
-    manifest = read_manifest(config.data)
+    manifest, shape = read_manifest(config.data), shape_of(config)
+    config = dataclasses.replace(resolved(config), model=shape)
     if manifest.kind == "patches":
         check_entropy_model(manifest, config.data, config.entropy_model)
 
     def work() -> JobResult:
+        _show_latent_start(config, shape)
         with ray_session():
-            return follow(resolve_job(config, config.model, config.data, config.output, config.entropy_model))
+            return follow(resolve_job(config, shape, config.data, config.output, config.entropy_model))
 
-    inputs = f"data={manifest.fingerprint}" + init_of(config.init_from, config.model)
+    inputs = f"data={manifest.fingerprint}" + init_of(config, shape, manifest.patching)
     return run_once(config.output, config, inputs, work, ignore=NOT_IN_OUTPUT)
 
 
 def dry_run(config: DryRunConfig) -> JobResult:
     """What `run` would take; nothing is written."""
-    return forecast_result(config, config, config.model, config.data, config.output, config.entropy_model)
+    shape = shape_of(config)
+    result = forecast_result(config, config, shape, config.data, config.output, config.entropy_model)
+    _show_latent_start(config, shape)
+    return result
 
 
-ACTIONS = {"dry-run": Action(dry_run, SUMMARY, config=DryRunConfig, options=OPTIONS)}
+ACTIONS = {"dry-run": Action(dry_run, SUMMARY, config=DryRunConfig, options=FORECAST_OPTIONS)}
 
 
-def init_of(init_from: str | None, model: BLTConfig | EntropyModelConfig) -> str:
+def shape_of(config: Settings) -> BLTConfig:
+    """The BLT's shape: as it is given, or that of the model which the run starts from. ConfigError without both."""
+    if config.model is not None:
+        return config.model
+    if config.init_from is None:
+        raise ConfigError('key "model" is missing: it gives the shape of the BLT, unless init_from names a model')
+    return language_model_config(local_model(config.init_from)).model
+
+
+def init_of(config: TrainConfig, model: BLTConfig | EntropyModelConfig, patching: Patching | None = None) -> str:
     """What identifies the weights that a run starts from, if they are given. ConfigError if they do not fit."""
-    return "" if init_from is None else f" init={check_init_from(init_from, model)}"
+    found = check_start(config, model, patching)
+    return "" if found is None else f" init={found}"
+
+
+def _show_latent_start(config: TrainConfig, shape: BLTConfig) -> None:
+    if config.init_latent_from is None:
+        return
+    llama = latent_start(config.init_latent_from, shape)
+    facts = (config.init_latent_from, llama.shape.layers, llama.parameters, ",".join(llama.left_out))
+    logger.info("latent transformer starts from=%s layers=%d parameters=%d left_out=%s", *facts)
+    print_latent_start(llama, config)
 
 
 def follow(job: TrainJob) -> JobResult:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from blt.entropy_model import EntropyModelConfig
 from jobs.action import Action
-from jobs.forecast_result import OPTIONS, SUMMARY, forecast_result
+from jobs.forecast_result import OPTIONS as FORECAST_OPTIONS
+from jobs.forecast_result import SUMMARY, forecast_result
 from jobs.ray_session import ray_session
 from jobs.record import JobResult, run_once
 from jobs.train import NOT_IN_OUTPUT, follow, init_of
@@ -15,6 +16,8 @@ from pipelines.manifest import read_manifest
 from pipelines.train.config import TrainConfig
 from pipelines.train.machine import Assumptions
 from pipelines.train.trainer import resolve_job
+
+OPTIONS = ("init_from",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ def run(config: Config) -> JobResult:
         with ray_session():
             return follow(resolve_job(config, config.model, config.documents, config.output))
 
-    inputs = f"documents={manifest.fingerprint}" + init_of(config.init_from, config.model)
+    inputs = f"documents={manifest.fingerprint}" + init_of(config, config.model)
     return run_once(config.output, config, inputs, work, ignore=NOT_IN_OUTPUT)
 
 
@@ -57,4 +60,4 @@ def dry_run(config: DryRunConfig) -> JobResult:
     return forecast_result(config, config, config.model, config.documents, config.output)
 
 
-ACTIONS = {"dry-run": Action(dry_run, SUMMARY, config=DryRunConfig, options=OPTIONS)}
+ACTIONS = {"dry-run": Action(dry_run, SUMMARY, config=DryRunConfig, options=FORECAST_OPTIONS)}

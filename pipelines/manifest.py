@@ -90,6 +90,8 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
     shards: tuple[ShardEntry, ...]
     counts: dict[str, SourceCounts]
+    licenses: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Of the text of each source for which one was given, in words."""
     patching: Patching | None = None
     entropies: bool = False
     """Whether the files hold the column `entropies`."""
@@ -123,8 +125,9 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 of the canonical JSON: equal exactly where two datasets hold the same files."""
-        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+        """Hex sha256 of the canonical JSON without licences: equal exactly where two datasets hold the same files."""
+        files = {name: value for name, value in msgspec.to_builtins(self).items() if name != "licenses"}
+        return hashlib.sha256(msgspec.json.encode(files, order="sorted")).hexdigest()
 
     def split(self, name: Split) -> tuple[ShardEntry, ...]:
         return tuple(shard for shard in self.shards if shard.split == name)

@@ -5,6 +5,7 @@ import logging
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from blt.checkpoint import entropy_model_fingerprint
@@ -31,11 +32,28 @@ def local_model(uri: str) -> str:
     A local directory is given as it is. From S3 the files are fetched once per process, into a temporary directory
     that goes with it. CheckpointError, naming `uri`, if there is no model.
     """
+    return _local(uri, _is_model_file)
+
+
+def local_checkpoint(uri: str) -> str:
+    """The same for a checkpoint in transformers' format: config.json, safetensors files and their index."""
+    return _local(uri, _is_checkpoint_file)
+
+
+def _local(uri: str, wanted: Callable[[str], bool]) -> str:
     storage = Storage(uri)
     if storage.is_local:
         return storage.root_uri
     with _downloading:  # two threads that ask at once must not fetch twice
-        return str(Path(_downloads().name) / _download(storage.root_uri))
+        return str(Path(_downloads().name) / _download(storage.root_uri, wanted))
+
+
+def _is_model_file(path: str) -> bool:
+    return path in MODEL_FILES
+
+
+def _is_checkpoint_file(path: str) -> bool:
+    return "/" not in path and (path == "config.json" or path.endswith((".safetensors", ".safetensors.index.json")))
 
 
 def store_model(directory: str | Path, uri: str) -> None:
@@ -78,11 +96,13 @@ def _downloads() -> "tempfile.TemporaryDirectory[str]":
 
 
 @functools.cache
-def _download(uri: str) -> str:
-    """Fetch a model; its directory below `_downloads()`, named like the URI, as it will show in error messages."""
+def _download(uri: str, wanted: Callable[[str], bool]) -> str:
+    """Fetch the files of a model whose paths are `wanted`; its directory below `_downloads()`, named like the URI, as
+    it will show in error messages.
+    """
     storage = Storage(uri)
     sizes = storage.sizes()
-    present = [path for path in MODEL_FILES if path in sizes]
+    present = [path for path in sizes if wanted(path)]
     if MODEL_FILES[0] not in present:
         raise _no_model(storage)
     directory = uri.partition("://")[2]

@@ -185,7 +185,7 @@ def adopt(
     ValueError, by the other format's names, if tensors are missing, unexpected, or of another shape.
     """
     shapes = parameter_shapes(build, config)
-    check_tensors(tensors, _their_shapes(renaming, shapes))
+    check_tensors(tensors, their_shapes(renaming, shapes))
     dtypes = {tensor.dtype for tensor in tensors.values()}
     stored = dtypes.pop() if len(dtypes) == 1 else torch.float32
     model = without_weights(build, config, device, stored if dtype is None else dtype)
@@ -199,7 +199,8 @@ def adopt(
     return model
 
 
-def _their_shapes(renaming: Renaming, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...]]:
+def their_shapes(renaming: Renaming, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, ...]]:
+    """Shape of each of the other format's tensors, from those of our parameters."""
     return {
         name: (shapes[entry.ours][0] if entry.rows is None else entry.rows[i], *shapes[entry.ours][1:])
         for entry in renaming

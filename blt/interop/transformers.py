@@ -61,7 +61,7 @@ def from_transformers(directory: str | Path, *, dtype: torch.dtype | None = None
         if values.get("model_type") != "blt":
             raise ValueError(f"key model_type must be 'blt', got {values.get('model_type')!r}")
         settings, provenance = read_settings(values), _provenance(values)
-        path = _weights_path(root)
+        path = weights_path(root)
         return _language_model(settings, read_tensors(path), provenance, dtype)
     except FileNotFoundError as error:
         raise CheckpointError(
@@ -134,7 +134,7 @@ def _language_model(
     )
 
 
-def _weights_path(root: Path) -> Path:
+def weights_path(root: Path) -> Path:
     """model.safetensors, or the index of several files."""
     single, index = root / "model.safetensors", root / "model.safetensors.index.json"
     return index if index.exists() and not single.exists() else single

@@ -246,7 +246,7 @@ def _read_part(config: Mapping[str, object], key: str, defaults: _Defaults, wind
         kv_heads = part.integer("num_key_value_heads", heads)
         unrounded = int(2 * (4 * width) / 3)
         ffn_width = part.integer("intermediate_size", defaults.ffn_width or unrounded)
-        multiplier, multiple_of = _ffn_rule(unrounded, ffn_width)
+        multiplier, multiple_of = ffn_rule(unrounded, ffn_width)
         return TransformerConfig(
             width=width,
             layers=part.integer("num_hidden_layers", defaults.layers),
@@ -262,7 +262,7 @@ def _read_part(config: Mapping[str, object], key: str, defaults: _Defaults, wind
         raise ValueError(f"{key}: {error}") from error
 
 
-def _ffn_rule(unrounded: int, ffn_width: int) -> tuple[float | None, int]:
+def ffn_rule(unrounded: int, ffn_width: int) -> tuple[float | None, int]:
     """A multiplier and a multiple that give this feed-forward width; plain rounding up where that does it."""
     if -(-unrounded // 256) * 256 == ffn_width:
         return None, 256

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 
 from blt.checkpoint import LanguageModelConfig
 from blt.errors import ConfigError, DataError
 from pipelines.evaluate.documents import DocumentBatch, EvaluateUnit, Part, RowGroupUnit, UnitCounts
 from pipelines.manifest import Patching, ShardEntry, SourceCounts, Split, read_manifest
+from pipelines.model_patching import patching_differences
 from pipelines.shard_file import open_shard
 from pipelines.storage import Storage
 from pipelines.train.row_group import decode_row_group, num_row_groups
@@ -38,13 +38,10 @@ class PatchedDocuments:
 
     def check_model(self, model: LanguageModelConfig, directory: str) -> None:
         """ConfigError, naming what differs, unless the patches are those that the model was trained on."""
-        there, here = _identity(self.patching), _identity_of_model(model)
-        names = [name for name in there if there[name] != here[name]]
-        if names:
-            differing = "; ".join(f"{name} is {there[name]} there, {here[name]} for the model" for name in names)
+        if differing := patching_differences(self.patching, model):
             raise ConfigError(
                 f'key "data": the patches of {self.data} are not those that the model {directory} was trained on: '
-                f"{differing} (patch the documents with the model's entropy model and rule)"
+                f"{'; '.join(differing)} (patch the documents with the model's entropy model and rule)"
             )
 
     def units(self) -> Sequence[EvaluateUnit]:
@@ -117,23 +114,4 @@ def open_patched(data: str, split: Split) -> PatchedDocuments:
         patching=manifest.patching,
         shards=shards,
         fingerprint=manifest.fingerprint,
-    )
-
-
-def _identity(patching: Patching) -> Mapping[str, str]:
-    """What must agree, each by a name and a short text that tells two of them apart."""
-    rule = {f"rule.{name}": str(value) for name, value in msgspec.to_builtins(patching.rule).items()}
-    model, reset = patching.entropy_model, patching.reset_on_newline
-    return {"entropy_model": str(model and model[:12]), **rule, "reset_on_newline": str(reset)}
-
-
-def _identity_of_model(model: LanguageModelConfig) -> Mapping[str, str]:
-    return _identity(
-        Patching(
-            entropy_model=model.entropy_fingerprint if model.patch_rule.needs_entropies else None,
-            rule=model.patch_rule,
-            reset_on_newline=model.reset_on_newline,
-            dtype="",
-            device="",
-        )
     )

@@ -14,6 +14,7 @@ from blt.entropy_model import document_entropies_and_nats, document_nats
 from blt.errors import ConfigError
 from blt.patching import document_patch_starts
 from pipelines.evaluate.scoring import Nats
+from pipelines.model_patching import limited
 from pipelines.patch.boundaries import batches
 from pipelines.train.packing import RowGroup
 from pipelines.train.row_group import joined_documents
@@ -42,7 +43,7 @@ def patch_texts(model: LanguageModel, texts: Sequence[bytes], row_bytes: int) ->
     for rows in batches([len(text) for text in texts]):
         batch = texts[rows]
         entropies, nats = _predictions(model, batch, row_bytes)
-        rule = model.patch_rule
+        rule = limited(model.patch_rule)  # as of a patch dataset of these documents
         starts = [document_patch_starts(t, e, rule).numpy() for t, e in zip(batch, entropies, strict=True)]
         yield PatchedBatch(group=joined_documents(batch, starts), entropy_model_nats=nats)
 

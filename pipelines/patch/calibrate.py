@@ -19,9 +19,9 @@ from blt.patching import PatchRule
 from pipelines.actor_pool import ActorPoolConfig, run_units
 from pipelines.manifest import read_manifest
 from pipelines.model_files import model_fingerprint
+from pipelines.model_patching import DEFAULT_MAX_PATCH_LENGTH, limited
 from pipelines.patch.calibration import Calibration
 from pipelines.patch.model import load_model
-from pipelines.patch.plan import DEFAULT_MAX_PATCH_LENGTH, limited
 from pipelines.patch.sample import SampleUnit, choose_sample, read_sample
 from pipelines.patch.threshold import SampledDocument, find_threshold, measure_sources, measure_table
 from pipelines.storage import Storage

@@ -163,5 +163,10 @@ def _manifest(source: Manifest, plan: PatchPlan, commits: Mapping[str, Commit], 
         for unit in plan.units
     )
     return Manifest(
-        kind="patches", shards=shards, counts=source.counts, patching=plan.patching, entropies=plan.store_entropies
+        kind="patches",
+        shards=shards,
+        counts=source.counts,
+        licenses=source.licenses,
+        patching=plan.patching,
+        entropies=plan.store_entropies,
     )

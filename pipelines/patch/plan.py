@@ -16,10 +16,8 @@ from blt.errors import ConfigError, DataError
 from blt.patching import ENTROPY_STEPS_PER_NAT, PatchRule
 from pipelines.actor_pool import ActorPoolConfig
 from pipelines.manifest import Manifest, Patching, ShardEntry, Split
+from pipelines.model_patching import DEFAULT_MAX_PATCH_LENGTH, limited
 from pipelines.schema import MAX_ROW_GROUP_BYTES, SCHEMA_VERSION
-
-DEFAULT_MAX_PATCH_LENGTH = 512
-"""Longest patch in bytes where the rule sets no limit: the pipeline always has one, for patches must fit a sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,13 +204,6 @@ def _check_grid(rule: PatchRule) -> None:
                 f"rule.{name} must be a multiple of 1/{ENTROPY_STEPS_PER_NAT} nat where entropies are rounded "
                 f"(store_entropies, reuse_entropies), got {getattr(rule, name)}; the nearest are {below} and {above}"
             )
-
-
-def limited(rule: PatchRule) -> PatchRule:
-    """The rule with the pipeline's limit on patch length where it sets none."""
-    if rule.max_patch_length is not None:
-        return rule
-    return dataclasses.replace(rule, max_patch_length=DEFAULT_MAX_PATCH_LENGTH)
 
 
 def unit_id(path: str) -> str:

@@ -29,6 +29,9 @@ class SourceConfig:
     starts at, uncompressed, or the row's index in Parquet), a whole file FILE. An id is a label and no key."""
     invalid_utf8: InvalidUtf8 = "quarantine"
     """keep: bytes that are not UTF-8 stay as they are, and a lone surrogate in JSON becomes its three bytes."""
+    license: str | None = None
+    """Licence of its text in a few words (CC-BY-4.0, public domain), for the manifest and the cards of models; null
+    says that none is known."""
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.isprintable():
@@ -54,8 +57,11 @@ class CorpusConfig:
     starts at, uncompressed, or the row's index in Parquet), a whole file FILE. An id is a label and no key."""
     invalid_utf8: InvalidUtf8 = "quarantine"
     """keep: bytes that are not UTF-8 stay as they are, and a lone surrogate in JSON becomes its three bytes."""
+    license: str | None = None
+    """Licence of its text in a few words (CC-BY-4.0, public domain), for the manifest and the cards of models; null
+    says that none is known."""
     sources: tuple[SourceConfig, ...] = ()
-    """In place of the six keys above: several sources, each counted on its own."""
+    """In place of the seven keys above: several sources, each counted on its own."""
     max_line_bytes: int = 64 * 2**20
     """Longest line of JSON, whole file or Parquet text; a longer one is quarantined. At most 1 GiB."""
     min_bytes: int = 1
@@ -149,6 +155,8 @@ def check_longest(name: str, size_bytes: int) -> None:
 
 def check_reading(config: SourceConfig | CorpusConfig) -> None:
     """ConfigError unless the keys that say what to read and how fit together."""
+    if config.license is not None and not (config.license.strip() and config.license.isprintable()):
+        raise ConfigError(f"license must be printable and not empty, got {config.license!r}")
     if not config.input or not all(config.input):
         raise ConfigError("input must name at least one file, glob or directory")
     if config.text_key == config.id_key or not config.text_key or not config.id_key:

@@ -48,14 +48,16 @@ def shard_corpus(plan: ShardPlan, config: ShardConfig, output: str, on_progress:
     return read_manifest(output)
 
 
-def merge(receipts: Sequence[GroupReceipt]) -> Manifest:
+def merge(receipts: Sequence[GroupReceipt], config: ShardConfig) -> Manifest:
     """The manifest of all groups, whose receipts come in the order of the plan; shards in the order train, valid."""
     shards: list[ShardEntry] = [shard for receipt in receipts for shard in receipt.shards]
     counts: dict[str, SourceCounts] = {}
     for receipt in receipts:
         before = counts.get(receipt.source)
         counts[receipt.source] = receipt.counts if before is None else before + receipt.counts
-    return Manifest(kind="documents", shards=tuple(sorted(shards, key=lambda s: s.split)), counts=counts)
+    licenses = {source.name: source.license for source in config.all_sources if source.license is not None}
+    in_order = tuple(sorted(shards, key=lambda s: s.split))
+    return Manifest(kind="documents", shards=in_order, counts=counts, licenses=licenses)
 
 
 def unusable(receipts: Sequence[GroupReceipt], config: ShardConfig) -> str | None:
@@ -109,7 +111,7 @@ def _make(plan: ShardPlan, config: ShardConfig, storage: Storage, on_progress: C
         _discard(receipts, storage)
         raise DataError(problem)
     _finish_quarantine(plan, receipts, there, config, storage)
-    manifest = merge(receipts)
+    manifest = merge(receipts, config)
     write_manifest(storage.root_uri, manifest)
     remove_scratch(storage)
     return manifest

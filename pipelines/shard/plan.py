@@ -19,6 +19,9 @@ from pipelines.shard.files import InputFile, find_files
 NOT_IN_OUTPUT = ("input", "stall_seconds")
 """Settings that have no say in the bytes of a dataset; the inputs have a fingerprint of their own."""
 
+NOT_IN_FILES = ("input", "license")
+"""Settings of a source that have no say in the bytes of its files."""
+
 Setting = str | int | float | None
 
 
@@ -63,7 +66,7 @@ class ShardPlan:
     """Units of work and everything that decides their bytes."""
 
     settings: dict[str, Setting]
-    """The configuration without NOT_IN_OUTPUT, so that a corpus may move; and the schema version."""
+    """The configuration without what has no say in the bytes, so that a corpus may move; and the schema version."""
     inputs: str
     """Fingerprint of the files: hex sha256 over source, name, size and sample of each. A change that keeps a file's
     size and its first and last 64 KiB goes unseen: reading whole corpora twice would cost more than it saves."""
@@ -155,8 +158,8 @@ def make_units(file: InputFile, rank: int, group_bytes: int) -> list[Unit]:
 
 def _settings(config: ShardConfig) -> dict[str, Setting]:
     """What decides the bytes, in plain values: those of the sources under sources.NAME.KEY, however they were given."""
-    names = {f.name for f in dataclasses.fields(ShardConfig)} - {"sources", "source", *NOT_IN_OUTPUT}
-    of_sources = {f.name for f in dataclasses.fields(SourceConfig)} - {"name", "input"}
+    names = {f.name for f in dataclasses.fields(ShardConfig)} - {"sources", "source", "stall_seconds", *NOT_IN_FILES}
+    of_sources = {f.name for f in dataclasses.fields(SourceConfig)} - {"name", *NOT_IN_FILES}
     settings = {name: getattr(config, name) for name in sorted(names - of_sources)}
     for source in config.all_sources:
         settings |= {f"sources.{source.name}.{name}": getattr(source, name) for name in sorted(of_sources)}

@@ -31,7 +31,12 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
     init_from: str | None = None
-    """Directory of a trained model whose weights the run starts from; optimiser and schedule start anew."""
+    """Directory of a trained or imported model whose weights the run starts from; optimiser and schedule start anew."""
+    init_other_patches: bool = False
+    """Let init_from name a model that was trained on patches of another entropy model, rule or newline reset."""
+    init_latent_from: str | None = None
+    """Directory of a Llama in transformers' format (config.json, safetensors) whose blocks the latent transformer
+    starts from; all other weights are drawn from the seed."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the matrix products; weights and optimiser state stay float32."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -89,5 +94,7 @@ class TrainConfig:
         for name, weight in (self.sources or {}).items():
             if not 0 < weight < float("inf"):
                 raise ConfigError(f"sources: the weight of {name!r} must be a finite number above 0, got {weight}")
+        if self.init_from is not None and self.init_latent_from is not None:
+            raise ConfigError("init_from and init_latent_from cannot both be given: init_from gives all weights")
         if self.sources is not None and not self.sources:
             raise ConfigError("sources must name one source or more, or be null")

@@ -16,7 +16,7 @@ from blt.model import BLTConfig
 from blt.traffic_ledger import TrafficLedger
 from pipelines.train.checks import check_data, check_survival
 from pipelines.train.config import TrainConfig
-from pipelines.train.job import check_init_from, training_flops
+from pipelines.train.job import training_flops
 from pipelines.train.machine import Assumptions, Machine, machine_of
 from pipelines.train.order import micro_steps
 from pipelines.train.run_sizes import MicroBatch, RunSizes, WorldSize
@@ -27,6 +27,7 @@ from pipelines.train.sequence_estimate import (
     estimate_sequences,
     mean_patch_bytes,
 )
+from pipelines.train.start import check_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +107,7 @@ def forecast(
     """The forecast of a run, after the checks that the run would make. ConfigError or DataError where one fails."""
     manifest = check_data(config, model, data, entropy_model)
     check_survival(config)
-    if config.init_from is not None:
-        check_init_from(config.init_from, model)
+    check_start(config, model, manifest.patching)
     machine, patch_bytes = machine_of(assumed, config), mean_patch_bytes(manifest.split("train"))
     patches = config.sequence_patches if isinstance(model, BLTConfig) else None
     sources = estimate_sequences(manifest, "train", patches, config.sequence_bytes)

@@ -2,9 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 import torch
@@ -12,11 +11,6 @@ from torch import Tensor
 
 from blt.checkpoint import (
     LanguageModel,
-    entropy_model_config,
-    entropy_model_fingerprint,
-    language_model_config,
-    language_model_fingerprint,
-    load,
     load_entropy_model,
     save_entropy_model,
     save_language_model,
@@ -30,6 +24,7 @@ from pipelines.manifest import Manifest, Patching
 from pipelines.model_files import local_model, model_fingerprint
 from pipelines.train.config import TrainConfig
 from pipelines.train.index import Index
+from pipelines.train.start import initial_weights
 
 Model = BLT | EntropyModel
 
@@ -50,6 +45,9 @@ RESOURCES = (
     "nonfinite",
 )
 """Keys of `TrainConfig` that may change while a run goes on: who computes it, and how faults are taken."""
+
+STARTS = ("init_from", "init_latent_from", "init_other_patches")
+"""Keys that say where given weights are; what they are, their fingerprint says."""
 
 REPORTING = ("checkpoint_every", "keep_checkpoints", "valid_every", "valid_sequences", "log_every")
 
@@ -74,12 +72,12 @@ class TrainJob:
     entropy_model: str | None = None
     """Directory of the entropy model that made them (BLT)."""
     init_fingerprint: str | None = None
-    """Of the model in config.init_from."""
+    """Of the weights that config.init_from or config.init_latent_from gives."""
 
     @property
     def fingerprint(self) -> str:
         """Of everything that decides the weights: not of workers, paths or how often it is logged and saved."""
-        left_out = (*RESOURCES, *REPORTING, "init_from")
+        left_out = (*RESOURCES, *REPORTING, *STARTS)
         config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in left_out}
         parts = [self.kind, config, dataclasses.asdict(self.model), self.train_index.fingerprint, self.init_fingerprint]
         return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
@@ -105,13 +103,8 @@ class TrainJob:
         return without_weights(EntropyModel, self.model, "cpu", torch.float32)
 
     def initial_weights(self) -> dict[str, Tensor]:
-        """What the run starts from: `init_from`, or weights drawn from the seed. ConfigError where it does not fit."""
-        if self.config.init_from is None:
-            torch.manual_seed(self.config.seed)
-            return self.build().state_dict()
-        directory = local_model(self.config.init_from)
-        model = load(directory).model if self.kind == "blt" else load_entropy_model(directory)
-        return model.state_dict()
+        """What the run starts from. ConfigError or CheckpointError where given weights do not fit."""
+        return initial_weights(self.config, self.model, self.build)
 
     def save_model(self, model: Model, directory: Path, provenance: dict[str, str]) -> None:
         """Write the model so that `blt.load` (with entropy model and rule) or `load_entropy_model` reads it."""
@@ -145,29 +138,6 @@ def training_flops(
     context = min(sequence_bytes, config.sequence_patches * mean_patch_bytes)
     parts = flops_per_byte(model, mean_patch_bytes, context).training_by_part
     return {name: flops for name, flops in parts.items() if name != "entropy_model"}
-
-
-def check_init_from(directory: str, model: BLTConfig | EntropyModelConfig) -> str:
-    """Fingerprint of the model in `directory`. ConfigError unless it has exactly the shape `model`."""
-    local = local_model(directory)
-    if isinstance(model, BLTConfig):
-        found: BLTConfig | EntropyModelConfig = language_model_config(local).model
-        fingerprint = language_model_fingerprint(local)
-    else:
-        found, fingerprint = entropy_model_config(local), entropy_model_fingerprint(local)
-    if differing := sorted(_differing(dataclasses.asdict(found), dataclasses.asdict(model))):
-        raise ConfigError(
-            f'key "init_from": {directory} has another shape than the key "model": {"; ".join(differing)}'
-        )
-    return fingerprint
-
-
-def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in wanted.items():
-        if isinstance(value, dict):
-            yield from _differing(found[name], value, f"{prefix}{name}.")
-        elif found[name] != value:
-            yield f"{prefix}{name} is {found[name]} there, {value} here"
 
 
 def check_entropy_model(manifest: Manifest, root: str, entropy_model: str | None) -> None:

@@ -24,6 +24,7 @@ from blt.entropy_model import EntropyModelConfig
 from blt.errors import ConfigError, TrainingError
 from blt.model import BLTConfig
 from pipelines.environment import environment_defaults
+from pipelines.manifest import read_manifest
 from pipelines.model_files import store_model
 from pipelines.storage import Storage
 from pipelines.train.account import Account
@@ -32,13 +33,15 @@ from pipelines.train.checks import check_data, check_survival
 from pipelines.train.config import TrainConfig
 from pipelines.train.elastic import ElasticCallback, too_many_failures
 from pipelines.train.index import build_index
-from pipelines.train.job import TrainJob, check_init_from
+from pipelines.train.job import TrainJob
 from pipelines.train.metrics import Record, read_metrics
 from pipelines.train.recorder import RecorderConfig, RecorderHandle, start_recorder
 from pipelines.train.replicated import replicated_backend
 from pipelines.train.sequence_estimate import mean_patch_bytes
+from pipelines.train.start import check_start, resolved
 from pipelines.train.survival import Cluster
 from pipelines.train.timeline import Event
+from pipelines.train.told_sources import training_sources, write_sources
 from pipelines.train.worker import train_worker
 
 logger = logging.getLogger(__name__)
@@ -79,7 +82,7 @@ def resolve_job(
     patches = config.sequence_patches if is_blt else None
     return TrainJob(
         kind="blt" if is_blt else "entropy_model",
-        config=TrainConfig(**{item.name: getattr(config, item.name) for item in fields(TrainConfig)}),
+        config=resolved(TrainConfig(**{item.name: getattr(config, item.name) for item in fields(TrainConfig)})),
         model=model,
         data=Storage(data).root_uri,
         train_index=build_index(data, "train", patches, config.sequence_bytes),
@@ -88,7 +91,7 @@ def resolve_job(
         mean_patch_bytes=mean_patch_bytes(manifest.split("train")),
         patching=manifest.patching,
         entropy_model=None if entropy_model is None else Storage(entropy_model).root_uri,
-        init_fingerprint=None if config.init_from is None else check_init_from(config.init_from, model),
+        init_fingerprint=check_start(config, model, manifest.patching),
     )
 
 
@@ -114,14 +117,16 @@ def train(job: TrainJob, on_step: Callable[[Record], None] = lambda record: None
     ray.get(recorder.started.remote())
     with _followed(recorder, on_step):
         _fit(job, recorder, checkpoints)
-    _export(job, checkpoints)
-    checkpoints.clean()
+    _check_whole(job, checkpoints)
     account: Account = ray.get(recorder.account.remote())
     fault: str | None = ray.get(recorder.close.remote())
-    if fault is not None:
+    result = None if fault is not None else _result(job, account)
+    _export(job, checkpoints, result)
+    checkpoints.clean()
+    if result is None:
         raise TrainingError(f"{job.output}: the model is there, but not all of the run could be recorded: {fault}")
     _tell(account)
-    return _result(job, account)
+    return result
 
 
 def _fit(job: TrainJob, recorder: RecorderHandle, checkpoints: Checkpoints) -> None:
@@ -214,17 +219,32 @@ def _worker_environment(config: TrainConfig) -> dict[str, str]:
     return {CUBLAS_WORKSPACES: os.environ.get(CUBLAS_WORKSPACES, ":4096:8")}
 
 
-def _export(job: TrainJob, checkpoints: Checkpoints) -> None:
-    """OUTPUT/model from the checkpoint of the last step."""
+def _check_whole(job: TrainJob, checkpoints: Checkpoints) -> None:
+    """TrainingError unless there is the checkpoint of the last step."""
     steps = checkpoints.steps()
     if not steps or steps[0] != job.config.steps:
         raise TrainingError(f"{job.output}: the run ended at step {steps[0] if steps else 0} of {job.config.steps}")
+
+
+def _export(job: TrainJob, checkpoints: Checkpoints, result: TrainResult | None) -> None:
+    """OUTPUT/model from the checkpoint of the last step; it tells the figures of the run, if they were recorded."""
     model = job.without_weights()
-    checkpoints.load_model(steps[0], model.state_dict())
-    provenance = {"run": job.fingerprint, "step": str(steps[0]), "data": job.train_index.dataset}
+    checkpoints.load_model(job.config.steps, model.state_dict())
     with tempfile.TemporaryDirectory(prefix="blt-model-") as directory:
-        job.save_model(model, Path(directory), provenance)
+        job.save_model(model, Path(directory), _provenance(job, result))
         store_model(directory, f"{job.output}/{MODEL_NAME}")
+
+
+def _provenance(job: TrainJob, result: TrainResult | None) -> dict[str, str]:
+    """What the model's directory tells of the run: its card is filled from this."""
+    told = {"run": job.fingerprint, "step": str(job.config.steps), "data": job.train_index.dataset}
+    told["sources"] = write_sources(training_sources(read_manifest(job.data), job.config.sources))
+    if result is not None:
+        told |= {"bytes": str(result.bytes), "valid_bpb": f"{result.valid_bpb:.4f}"}
+    for key in ("init_from", "init_latent_from"):
+        if (given := getattr(job.config, key)) is not None:
+            told[key] = f"{given.rstrip('/').rpartition('/')[2]} ({job.init_fingerprint})"
+    return told
 
 
 def _tell(account: Account) -> None:

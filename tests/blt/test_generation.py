@@ -264,6 +264,22 @@ def test_specials_but_eos_are_never_chosen() -> None:
     assert next_ids(logits[None], Sampling(), [Sampling(seed=0).generator()]) == [EOS]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_are_left_as_they_are(dtype: torch.dtype) -> None:
+    logits = torch.zeros(2, VOCABULARY_SIZE, dtype=dtype)
+    next_ids(logits, Sampling(), [])
+    assert torch.equal(logits, torch.zeros_like(logits))
+
+
+def test_a_model_in_float64_generates(language_model: Build) -> None:
+    prompts, lm = [b"hello there", b""], language_model()
+    wanted = generate(lm, prompts, max_new_bytes=8)
+    lm.model.double()
+    assert lm.entropy_model is not None
+    lm.entropy_model.double()
+    assert generate(lm, prompts, max_new_bytes=8) == wanted
+
+
 def draws(sampling: Sampling, logits: torch.Tensor, count: int = 1500) -> torch.Tensor:
     chosen = next_ids(logits.expand(count, -1), sampling, [sampling.generator()] * count)
     return torch.bincount(torch.tensor(chosen) - BYTE_OFFSET, minlength=4).double() / count

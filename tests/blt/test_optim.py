@@ -90,6 +90,8 @@ def test_every_schedule_rises_then_falls(
         ({"decay_fraction": -0.5}, "decay_fraction"),
         ({"warmup_steps": -1}, "warmup_steps"),
         ({"weight_decay": -0.1}, "weight_decay"),
+        ({"latent_lr_scale": -0.1}, "latent_lr_scale must be a finite number, at least 0, got -0.1"),
+        ({"latent_lr_scale": float("inf")}, "latent_lr_scale"),
         ({"clip_norm": 0.0}, "clip_norm must be above 0 or null, got 0.0"),
     ],
 )
@@ -121,6 +123,32 @@ def test_norms_and_embeddings_can_be_spared() -> None:
     assert all(parameter.dim() == 2 for parameter in decayed["params"])
     together = [id(parameter) for group in (decayed, kept) for parameter in group["params"]]
     assert sorted(together) == sorted(id(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("spared", [False, True])
+def test_the_latent_transformer_has_a_rate_of_its_own(spared: bool) -> None:
+    model = BLT(blt_config())
+    config = OptimizerConfig(lr=0.5, latent_lr_scale=0.1, decay_norms_and_embeddings=not spared)
+    optimizer = build_optimizer(model, config)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: rates[id(p)] for name, p in model.named_parameters()} == {
+        name: 0.05 if name.startswith("latent.") else 0.5 for name, _ in model.named_parameters()
+    }
+    set_lr(optimizer, 2.0)
+    assert sorted(group["lr"] for group in optimizer.param_groups) == ([0.2, 0.2, 2.0, 2.0] if spared else [0.2, 2.0])
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {decays[id(p)] for p in model.latent.blocks[0].attention_norm.parameters()} == {0.0 if spared else 0.1}
+
+
+def test_a_rate_of_0_leaves_the_latent_transformer_as_it_is() -> None:
+    model = BLT(blt_config())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = build_optimizer(model, OptimizerConfig(latent_lr_scale=0.0))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(before[name], tensor)}
+    assert changed == {name for name in before if not name.startswith("latent.")}
 
 
 def test_an_update_is_adamw() -> None:

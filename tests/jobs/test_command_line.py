@@ -1,10 +1,13 @@
 """The command line: last line, exit status and the one line of an error."""
 
+import contextlib
 import errno
 import json
+import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +16,7 @@ from typing import NoReturn
 import pytest
 from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
+from rich.console import Console
 
 from blt.errors import CheckpointError, ConfigError, DataError
 from jobs import command_line
@@ -85,6 +89,59 @@ def test_error_is_one_line(
     result, log = last_line(capsys)
     assert result == {"status": "failed", "error": message}
     assert log == f"blt say: error: {message}\n"
+
+
+def print_at_once(config: Config) -> JobResult:
+    sys.stdout.write("a line\n")
+    sys.stdout.flush()
+    return JobResult()
+
+
+def print_late(config: Config) -> JobResult:
+    sys.stdout.write("a line\n")
+    return JobResult()
+
+
+def print_with_rich(config: Config) -> JobResult:
+    Console().print("a line")
+    return JobResult()
+
+
+@contextlib.contextmanager
+def unread() -> Iterator[None]:
+    """Standard output is a pipe that nobody reads any more. No fixture: pytest sets it anew after those."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream, contextlib.redirect_stdout(stream):
+        yield
+
+
+@pytest.mark.parametrize("run", [print_at_once, print_late, print_with_rich])
+def test_without_a_reader_a_command_ends_quietly(
+    run: Callable[[Config], JobResult], command: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(run)
+    with unread():
+        assert main(["say"]) == 141
+    with unread():
+        assert main(["--help"]) == 141
+    assert capsys.readouterr() == ("", "")
+
+
+def test_another_broken_pipe_is_a_failure(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    def run(config: Config) -> NoReturn:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    command(run)
+    assert main(["say"]) == 1
+    assert "BrokenPipeError" in str(last_line(capsys)[0]["error"])
+
+
+def test_head_of_a_command() -> None:
+    """As a shell runs it: no traceback, and the status of a command that ends by SIGPIPE."""
+    command = f"{sys.executable} -m jobs --help | true; echo ${{PIPESTATUS[0]}}"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=60)
+    assert (found.stdout, found.stderr) == ("141\n", "")
 
 
 def test_bug_shows_its_traceback(command: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,16 +4,21 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
 
+from blt.checkpoint import save_language_model
 from blt.device_peak import PUBLISHED
+from blt.patching import PatchRule
 from jobs.command_line import main
+from tests.llama_checkpoint import SHAPE, write_llama
 from tests.pipelines.patch.corpus import prose, write_documents
 from tests.pipelines.train.patched import PATCHING, random_document, write_patches
 from tests.pipelines.train.tiny_run import write_tiny_patches
+from tests.small_language_model import small_language_model
 
 CONFIG = """
 steps: 40
@@ -151,6 +156,55 @@ def test_the_entropy_model_has_a_forecast_too(tmp_path: Path, capsys: pytest.Cap
         found["bytes"] * found["flops_per_byte"] / (found["device_flops"] * 0.4)
     )
     assert math.isclose(found["steps_per_epoch"], 5002 / 127.5 / 4, rel_tol=0.05)
+
+
+def test_a_run_from_a_llama_shows_what_goes_where(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = replace(SHAPE, width=64, ffn_multiple_of=16)
+    write_llama(tmp_path / "llama", shape)
+    assert main([*command, "--dry-run", "--init-latent-from", str(tmp_path / "llama")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for told in (
+        f"Latent transformer from {tmp_path / 'llama'}: 2 layers, N = 0 to 1",
+        "self_attn.{q,k,v}_proj attention.wqkv 192 x 64",
+        "100,608 parameters taken; learning rate of the latent transformer: 0.1 x that of the rest",
+        "left out: lm_head.weight, model.embed_tokens.weight, model.norm.weight",
+    ):
+        assert told in shown
+    given = [*command, "--init-latent-from", str(tmp_path / "llama")]
+    assert "0.5 x that of the rest" in whole_output([*given, "optimizer.latent_lr_scale=0.5"], capsys)
+    write_llama(tmp_path / "scaled", shape, rope_parameters={"rope_type": "llama3", "factor": 8.0})
+    status, error = failure([*command, "--init-latent-from", str(tmp_path / "scaled")], capsys)
+    assert status == 2
+    assert error.startswith(
+        f'key "init_latent_from": {tmp_path}/scaled/config.json does not fit the key "model.latent": '
+    )
+    assert "rope_type is 'llama3' there, and can only be 'default' here" in error
+
+
+def whole_output(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main([*arguments, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_shape_may_be_that_of_the_model_to_start_from(
+    command: list[str], data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_language_model(small_language_model(PatchRule(kind="byte")), tmp_path / "model")
+    sizes = ["steps=2", "global_batch=2", "sequence_bytes=512"]
+    rest = ["train", f"data={data}", f"output={tmp_path / 'out'}", *sizes]
+    assert failure(rest, capsys) == (
+        2,
+        'key "model" is missing: it gives the shape of the BLT, unless init_from names a model',
+    )
+    status, error = failure([*rest, "--init-from", str(tmp_path / "model")], capsys)
+    assert (status, "rule.kind is" in error, "init_other_patches=true" in error) == (2, True, True)
+    given = [*rest, "--init-from", str(tmp_path / "model"), "init_other_patches=true"]
+    found = figures_of(given, capsys)
+    assert found["parameters"] == sum(p.numel() for p in small_language_model().model.parameters())
+    with_llama = [*given, "--init-latent-from", "x"]
+    assert failure(with_llama, capsys)[0] == 2
 
 
 def failure(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

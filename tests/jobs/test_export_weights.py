@@ -17,6 +17,7 @@ from blt.vocabulary import BOS, encode
 from jobs.command_line import main
 from jobs.record import JobResult, write_record
 from pipelines.evaluate.evaluation import Evaluation, write_evaluation
+from pipelines.train.told_sources import ToldSource, write_sources
 from tests.small_language_model import small_language_model
 
 TEXT = "We hold these truths to be self-evident, é 1776.\n漢字 🙂"
@@ -163,16 +164,73 @@ def test_the_card_is_filled_from_the_run(tmp_path: Path, capsys: pytest.CaptureF
         assert told in card
     assert "/secret/path" not in card
     assert "Lossy" not in card
+    assert "(2.2000 to 2.5000, 95 % interval by documents)" in card
+    single = replace(evaluation(language_model_fingerprint(model)), documents=1, bpb_low=2.3456, bpb_high=2.3456)
+    write_evaluation(str(tmp_path / "eval"), single)
+    assert export(model, tmp_path / "single", "--evaluation", str(tmp_path / "eval")) == 0
+    assert "2.3456 bits per byte (one document: no interval)" in (tmp_path / "single/README.md").read_text()
     write_evaluation(str(tmp_path / "eval"), evaluation("0" * 64))
     assert export(model, tmp_path / "again", *more) == 2
     assert "fingerprint 000000000000" in capsys.readouterr().err
 
 
+def card_of(model: Path, output: Path, **provenance: str) -> str:
+    lm = small_language_model()
+    save_language_model(replace(lm, provenance=provenance), model)
+    assert export(model, output) == 0
+    return (output / "README.md").read_text()
+
+
 def test_a_card_without_a_run_says_so(tmp_path: Path) -> None:
-    save_language_model(small_language_model(), tmp_path / "model")
-    assert export(tmp_path / "model", tmp_path / "theirs") == 0
-    card = (tmp_path / "theirs/README.md").read_text()
+    card = card_of(tmp_path / "model", tmp_path / "theirs")
     assert yaml.safe_load(card.split("---\n")[1])["license"] == "unknown"
-    assert "Nothing is recorded about it." in card
-    assert "None is given." in card
-    assert "None was named for these weights" in card
+    for told in (
+        "What it was trained on is not recorded.",
+        "How it was trained is not recorded.",
+        "None was given when it was exported.",
+        "None was named for these weights",
+        "the settings of the run that made it are not at hand",
+    ):
+        assert told in card
+
+
+def test_a_card_of_imported_weights_says_what_is_not_known(tmp_path: Path) -> None:
+    card = card_of(tmp_path / "model", tmp_path / "theirs", imported_from="reference", source="blt-1b")
+    told = (
+        "These weights were imported (format: reference, directory: `blt-1b`). How they were trained is not recorded."
+    )
+    assert told in card
+    assert "What it was trained on is not recorded." in card
+
+
+def test_a_card_tells_what_the_model_carries_of_its_run(tmp_path: Path) -> None:
+    """The run and its data may be gone."""
+    sources = [
+        ToldSource(name="books|old", documents=1200, bytes=3_000_000, license="public domain"),
+        ToldSource(name="web", documents=34, bytes=5_000, license=None),
+    ]
+    told = {"run": "cd34", "step": "1500", "data": "ab12", "bytes": "123456789", "valid_bpb": "1.2345"}
+    started = {"init_latent_from": "Llama-3-8B (ef56)", "sources": write_sources(sources)}
+    card = card_of(tmp_path / "model", tmp_path / "theirs", **told, **started)
+    fingerprint = small_language_model().entropy_fingerprint
+    for row in (
+        "- Rule: kind entropy, threshold 3.0, max patch length 6.",
+        f"- Entropy model: fingerprint `{fingerprint}`.",
+        "The training split of the data with manifest `ab12`:",
+        "| books\\|old | 1,200 | 3,000,000 | public domain |",
+        "| web | 34 | 5,000 | not recorded |",
+        "| all | 1,234 | 3,005,000 | |",
+        "| updates | 1,500 |",
+        "| bytes trained on, repeats counted | 123,456,789 |",
+        "| bits per byte of the held-out split, in training's sequences | 1.2345 |",
+        "| run | `cd34` |",
+        "| latent transformer started from | `Llama-3-8B (ef56)` |",
+        "threshold: 3.0",
+    ):
+        assert row in card
+
+
+def test_a_card_of_a_run_whose_figures_were_not_recorded(tmp_path: Path) -> None:
+    card = card_of(tmp_path / "model", tmp_path / "theirs", step="7", data="ab12")
+    assert "Data with manifest `ab12`; its sources, their size and licences are not recorded." in card
+    assert "| bytes trained on, repeats counted | not recorded |" in card

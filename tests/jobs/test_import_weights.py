@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,19 @@ import torch
 from safetensors.torch import save_file
 
 from blt import checkpoint
-from blt.checkpoint import fingerprint, load, load_entropy_model
+from blt.checkpoint import LanguageModel, fingerprint, load, load_entropy_model
 from blt.errors import CheckpointError
 from blt.interop import to_reference, to_transformers
-from blt.optim import OptimizerConfig, build_optimizer, set_lr
-from blt.parallel import FlatGradients
-from blt.step import Batch, train_step
+from blt.patching import PatchRule
+from blt.step import tally_batch
 from jobs.command_line import main
+from pipelines.train.config import TrainConfig
+from pipelines.train.feed import Feed, FeedConfig
+from pipelines.train.index import build_index
 from tests.blt.interop.test_reference_directory import ENTROPY_STATE, STATE, entropy_directory, with_safetensors
+from tests.pipelines.patch.corpus import prose, write_documents
+from tests.pipelines.patch.in_process import use_in_process_pool
+from tests.pipelines.train.tiny_run import told_steps
 from tests.small_language_model import small_language_model
 
 
@@ -95,22 +101,61 @@ def test_transformers_to_ours(tmp_path: Path) -> None:
     assert fingerprint(back.entropy_model) == fingerprint(lm.entropy_model)
 
 
-def test_an_imported_model_is_trained_further(tmp_path: Path) -> None:
-    with_safetensors(tmp_path / "source")
-    assert main(["import", "--from", "reference", str(tmp_path / "source"), str(tmp_path / "ours")]) == 0
-    model = load(tmp_path / "ours").model.train()
-    config = OptimizerConfig(lr=1e-3)
-    optimizer = build_optimizer(model, config)
-    set_lr(optimizer, config.lr)
-    ids = torch.tensor([[1, 50, 60, 70, 80, 90, 50, 60]])
-    batch = Batch(
-        byte_ids_BT=ids,
-        targets_BT=torch.tensor([[50, 60, 70, 80, 90, 50, 60, 2]]),
-        document_ids_BT=torch.zeros_like(ids),
-        patch_lengths_BP=torch.tensor([[1, 3, 2, 3]]),
-    )
-    gradients = FlatGradients(model.parameters())
-    losses = [train_step(model, optimizer, gradients, [batch], clip_norm=1.0).tally.nats for _ in range(5)]
-    assert losses[-1] < losses[0]
-    changed = to_reference(model)
-    assert not any(torch.equal(changed[name], STATE[name]) for name in STATE if "layers.0" in name)
+def reference_source(root: Path) -> Path:
+    with_safetensors(root)
+    return root
+
+
+def transformers_source(root: Path) -> Path:
+    to_transformers(small_language_model(PatchRule(threshold=5.0)), root)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_imported_models_are_trained_further(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a user would: import, patch with the imported entropy model and rule, train on from the imported weights."""
+    use_in_process_pool(monkeypatch)
+    shards = {
+        "train/shard-00000.parquet": [prose(1, 4000), prose(2, 3000)],
+        "valid/shard-00000.parquet": [prose(3, 300)],
+    }
+    documents = write_documents(tmp_path / "documents", shards)
+    sizes = ["steps=3", "global_batch=4", "micro_batch=2", "sequence_bytes=512", "sequence_patches=48", "log_every=1"]
+    for source in (reference_source(tmp_path / "reference"), transformers_source(tmp_path / "transformers")):
+        ours, patches, run = (tmp_path / f"{name} of {source.name}" for name in ("model", "patches", "run"))
+        assert main(["import", "--from", source.name, str(source), str(ours)]) == 0
+        lm = load(ours)
+        rule = [f"rule.threshold={lm.patch_rule.threshold}", f"rule.monotonic={str(lm.patch_rule.monotonic).lower()}"]
+        patch = ["patch", f"documents={documents}", f"entropy_model={ours}/entropy_model"]
+        assert main([*patch, f"output={patches}", *rule]) == 0
+        train = ["train", "--init-from", str(ours), f"data={patches}", f"output={run}", *sizes]
+        train += [f"entropy_model={ours}/entropy_model", "cpus_per_worker=0.5", "optimizer.warmup_steps=1"]
+        assert main(train) == 0
+        result = last_line(capsys)
+        first = told_steps(run)[0]
+        assert (first.step, result["steps"]) == (1, 3)
+        assert first.loss == pytest.approx(first_loss(lm, str(patches)), rel=1e-5)
+        trained = load(run / "model")
+        assert (trained.config, trained.entropy_fingerprint) == (lm.config, lm.entropy_fingerprint)
+        assert trained.patch_rule == replace(lm.patch_rule, max_patch_length=512)
+        assert trained.provenance["init_from"] == f"{ours.name} ({fingerprint(lm.model)})"
+        before, after = lm.model.state_dict(), trained.model.state_dict()
+        assert not any(torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
+        assert result["bpb"] == pytest.approx(float(trained.provenance["valid_bpb"]))
+
+
+@torch.no_grad()
+def first_loss(lm: LanguageModel, patches: str) -> float:
+    """Nats per target of the first global batch, by the imported model itself."""
+    config = TrainConfig(steps=3, global_batch=4, micro_batch=2, sequence_bytes=512, sequence_patches=48)
+    index = build_index(patches, "train", config.sequence_patches, config.sequence_bytes)
+    nats, targets = 0.0, 0.0
+    with Feed(patches, index, FeedConfig.of(config), config.steps) as feed:
+        for batch in feed.step(0, 0, 1).batches:
+            found = tally_batch(lm.model, batch.to(torch.device("cpu")), None)
+            nats, targets = nats + float(found[0]), targets + float(found[1])
+    return nats / targets

@@ -52,6 +52,17 @@ def test_fingerprint_follows_every_field() -> None:
     assert len({m.fingerprint for m in [manifest, *others]}) == 5
 
 
+def test_licences_are_read_back_and_no_part_of_the_fingerprint(tmp_path: Path) -> None:
+    named = _manifest(licenses={"s": "public domain"})
+    write_manifest(str(tmp_path), named)
+    assert read_manifest(str(tmp_path)) == named
+    assert named.fingerprint == _manifest().fingerprint
+    without = json.loads((tmp_path / "manifest.json").read_text())
+    del without["licenses"]  # as datasets have it that are older than the key
+    (tmp_path / "manifest.json").write_text(json.dumps(without))
+    assert read_manifest(str(tmp_path)) == _manifest()
+
+
 def test_counts_that_do_not_reconcile_are_refused() -> None:
     with pytest.raises(DataError, match="reconcile"):
         SourceCounts(rows_in=5, rows_out=3, quarantined=1, filtered=0, bytes=40)

@@ -28,6 +28,7 @@ from pipelines.evaluate.actor import EvaluateActor
 from pipelines.evaluate.documents import RowGroupUnit
 from pipelines.evaluate.evaluate import check_model
 from pipelines.evaluate.figures import bootstrap_interval
+from pipelines.evaluate.patcher import patch_texts
 from pipelines.evaluate.scoring import score_documents
 from pipelines.manifest import Manifest, read_manifest, write_manifest
 from pipelines.shard import SourceConfig
@@ -155,6 +156,20 @@ def test_patches_of_something_else_are_refused(model: str, data: str) -> None:
     # Where the entropies were computed is not what the model was trained on.
     patching = dataclasses.replace(PATCHING, dtype="bfloat16", device="cuda")
     check_model(CONFIG, dataclasses.replace(documents, patching=patching), here, model)
+
+
+def test_a_rule_without_a_longest_patch_is_that_of_the_pipeline(model: str, data: str) -> None:
+    """As imported models have it: in a patch dataset it stands with 512 bytes, and text is cut so too."""
+    unlimited = PatchRule(threshold=1e9)
+    here = dataclasses.replace(language_model_config(model), patch_rule=unlimited)
+    patching = dataclasses.replace(PATCHING, rule=dataclasses.replace(unlimited, max_patch_length=512))
+    documents = dataclasses.replace(open_patched(data, "valid"), patching=patching)
+    check_model(CONFIG, documents, here, model)
+    shorter = dataclasses.replace(patching, rule=dataclasses.replace(unlimited, max_patch_length=511))
+    with pytest.raises(ConfigError, match=r"rule.max_patch_length is 511 there, 512 for the model"):
+        check_model(CONFIG, dataclasses.replace(documents, patching=shorter), here, model)
+    (batch,) = patch_texts(small_language_model(unlimited), [b"x" * 1100], 8192)
+    assert batch.group.patch_starts(0, 1).tolist() == [0, 1, 513, 1025]
 
 
 def test_what_a_model_cannot_do_is_refused_before_anything_is_read(model: str, data: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 import signal
 import time
 import urllib.request
@@ -20,7 +21,7 @@ from blt.entropy_model import EntropyModel, document_entropies
 from blt.errors import CheckpointError, ConfigError, DataError
 from blt.patching import PatchRule, patch_lengths
 from blt.vocabulary import BOS, encode
-from pipelines.manifest import read_manifest
+from pipelines.manifest import read_manifest, write_manifest
 from pipelines.patch import PatchConfig, patch_dataset
 from pipelines.patch.calibration import Calibration, write_calibration
 from pipelines.patch.commit import Commit, read_commits, read_plan, record
@@ -97,6 +98,18 @@ def test_every_document_has_its_patches(patched: Path, documents: str, entropy_m
         assert row["n_patches"] == starts[1:-1].sum()
         counts.add(row["n_patches"])
     assert len(counts) > 5, "the rule should cut in many ways"
+
+
+def test_licences_are_those_of_the_documents(
+    documents: str, entropy_model_directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_in_process_pool(monkeypatch)
+    shutil.copytree(documents.removeprefix("file://"), tmp_path / "documents")
+    manifest = dataclasses.replace(read_manifest(documents), licenses={"test": "public domain"})
+    write_manifest(str(tmp_path / "documents"), manifest)
+    found = patch_dataset(CONFIG, str(tmp_path / "documents"), entropy_model_directory, str(tmp_path / "patches"))
+    assert found is not None
+    assert found.licenses == read_manifest(str(tmp_path / "patches")).licenses == {"test": "public domain"}
 
 
 def test_counts_reconcile(patched: Path, documents: str, entropy_model: EntropyModel) -> None:

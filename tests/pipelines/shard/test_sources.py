@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from blt.errors import DataError
-from pipelines.manifest import Manifest
+from blt.errors import ConfigError, DataError
+from pipelines.manifest import Manifest, read_manifest
 from pipelines.shard import ShardConfig, SourceConfig, corpus, dedup, duplicates, hash_runs, plan_corpus, shard_corpus
 from tests.pipelines.shard.corpora import FORMATS, rows_of, shard, tree, without_ray, write_texts
 
@@ -112,6 +112,31 @@ def test_every_shard_is_of_one_source(tmp_path: Path) -> None:
         file = pq.ParquetFile(tmp_path / "out" / entry.path)
         assert set(file.read(["source"])["source"].to_pylist()) == {entry.source}
         assert file.metadata.metadata[b"source"].decode() == entry.source
+
+
+def test_licences_stand_in_the_manifest_and_change_no_file(tmp_path: Path) -> None:
+    files: list[File] = [(source, "jsonl", [f"{source} {i}" for i in range(30)]) for source in "xy"]
+    sources = _corpus(tmp_path / "in", files)
+    config = ShardConfig(sources=sources, valid_fraction=0.3)
+    named = [dataclasses.replace(s, license="CC-BY-4.0" if s.name == "x" else None) for s in sources]
+    with without_ray():
+        manifests = [
+            shard(config, tmp_path / "out"),
+            shard(dataclasses.replace(config, sources=tuple(named)), tmp_path / "licensed"),
+        ]
+    assert [manifest.licenses for manifest in manifests] == [{}, {"x": "CC-BY-4.0"}]
+    assert manifests[0].fingerprint == manifests[1].fingerprint
+    assert read_manifest(str(tmp_path / "licensed")) == manifests[1]
+    trees = [tree(tmp_path / name) for name in ("out", "licensed")]
+    assert {path for path in trees[0] if trees[0][path] != trees[1][path]} == {"manifest.json"}
+
+
+@pytest.mark.parametrize("license", ["", " ", "two\nlines"])
+def test_a_licence_is_a_few_words(license: str) -> None:
+    with pytest.raises(ConfigError, match="license must be printable and not empty"):
+        ShardConfig(input=("x",), license=license)
+    with pytest.raises(ConfigError, match="license must be printable and not empty"):
+        SourceConfig(name="x", input=("x",), license=license)
 
 
 @pytest.mark.parametrize("group_bytes", [150, 2**20])

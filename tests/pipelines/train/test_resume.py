@@ -3,6 +3,7 @@ the schedule and the losses on the way. Runs through Ray Train are in test_survi
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,9 +93,11 @@ def go_on(
     return nats
 
 
-@pytest.mark.parametrize("kind", ["blt", "entropy_model"])
-def test_one_process_goes_on_bit_for_bit(data: str, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "latent_lr_scale"), [("blt", None), ("blt", 0.1), ("entropy_model", None)])
+def test_one_process_goes_on_bit_for_bit(data: str, tmp_path: Path, kind: str, latent_lr_scale: float | None) -> None:
     run = job(data, tmp_path, kind)
+    optimizer_config = replace(run.config.optimizer, latent_lr_scale=latent_lr_scale)
+    run = replace(run, config=replace(run.config, optimizer=optimizer_config))
     checkpoints = Checkpoints(run.output, run.run, keep=2)
     torch.manual_seed(run.config.seed)
     model = run.build()

@@ -34,6 +34,7 @@ from pipelines.train.job import TrainJob
 from pipelines.train.recorder import RecorderHandle
 from pipelines.train.timeline import Event, read_timeline
 from pipelines.train.trainer import train
+from tests.llama_checkpoint import write_llama
 from tests.pipelines.train.tiny_run import assert_follows, expected_curve, tiny_job, told_steps, write_tiny_patches
 from tests.raylets import raylets
 from tests.s3_server import S3Server
@@ -131,7 +132,11 @@ def test_the_loss_curve_is_the_same_at_any_number_of_workers(data: str, tmp_path
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("survival", ["sharded", "replicated"])
 def test_kill_9_of_a_worker(data: str, tmp_path: Path, survival: str) -> None:
-    job = tiny_job(data, tmp_path / "run", workers=3, steps=200, survival=survival)
+    """Of a run that started from a Llama, its latent transformer with a rate of its own."""
+    write_llama(tmp_path / "llama")
+    given = {"survival": survival, "init_latent_from": str(tmp_path / "llama")}
+    job = tiny_job(data, tmp_path / "run", workers=3, steps=200, **given)
+    assert job.config.optimizer.latent_lr_scale == 0.1
     account = disturbed(job, (20, send(signal.SIGKILL, 1)))
     assert_follows(job.output, expected_curve(job))
     assert "failure" in {one.cause for one in account.interruptions}

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from blt.model import BLT, BLTConfig
 from blt.optim import OptimizerConfig, build_optimizer, lr_factor, set_lr
 from blt.parallel import FlatGradients
@@ -61,9 +59,9 @@ def model_config() -> BLTConfig:
 
 def expected_curve(job: TrainJob) -> list[tuple[str, float]]:
     """Hash of the sequences and loss of every step, by one process."""
-    torch.manual_seed(job.config.seed)
     model = job.build()
     assert isinstance(model, BLT)
+    model.load_state_dict(job.initial_weights())
     optimizer, gradients = build_optimizer(model, job.config.optimizer), FlatGradients(model.parameters())
     curve = []
     with Feed(job.data, job.train_index, FeedConfig.of(job.config), job.config.steps) as feed:
