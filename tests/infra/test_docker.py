@@ -38,11 +38,13 @@ def test_hadolint_finds_nothing() -> None:
 def test_hadolint_would_find_something(tmp_path: Path) -> None:
     bad = tmp_path / "Dockerfile"
     bad.write_text(TEXT.replace(" --no-install-recommends", "").replace("USER 10001:10001", "USER root"))
-    found = subprocess.run([installed("hadolint"), "--format", "json", bad], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [installed("hadolint"), "--format", "json", bad], capture_output=True, text=True, check=False
+    )
     assert {"DL3015", "DL3002"} <= {item["code"] for item in json.loads(found.stdout)}
 
 
-@pytest.mark.parametrize("script", sorted(ROOT.glob("infra/**/*.sh")) + [ROOT / ".ci" / "run"], ids=lambda p: p.name)
+@pytest.mark.parametrize("script", [*sorted(ROOT.glob("infra/**/*.sh")), ROOT / ".ci" / "run"], ids=lambda p: p.name)
 def test_shellcheck_finds_nothing(script: Path) -> None:
     found = subprocess.run(
         [installed("shellcheck"), "--enable=all", "--exclude=SC2310,SC2311,SC2312,SC2250,SC2248,SC2292", script],
