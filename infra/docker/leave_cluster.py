@@ -9,6 +9,7 @@ In: RAY_ADDRESS and RAY_AUTH_TOKEN, as every pod of a cluster has them. Exit sta
 """
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
 POLL_SECONDS = 1.0
+CONNECT_SECONDS = 5.0
 
 
 class Gcs(Protocol):
@@ -56,8 +58,22 @@ def leave(gcs: Gcs, node_id: str, seconds: float) -> bool:
     return False
 
 
+def answers(address: str) -> bool:
+    """Whether anything listens at HOST:PORT; Ray's client would try for half a minute."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
 def main(seconds: float) -> int:
-    gcs = GcsClient(address=os.environ["RAY_ADDRESS"])
+    address = os.environ["RAY_ADDRESS"]
+    if not answers(address):
+        sys.stderr.write(f"no head at {address}: the cluster goes as a whole\n")
+        return 0
+    gcs = GcsClient(address=address)
     node_id = node_at(gcs.get_all_node_info(timeout=10).values(), ray.util.get_node_ip_address())
     try:
         ended = leave(gcs, node_id, seconds)

@@ -1,5 +1,6 @@
 """A pod that is deleted: Ray is told, the node ends once nothing runs on it, and waiting for it has an end."""
 
+import socket
 import time
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
-from infra.docker.leave_cluster import alive, leave, node_at
+from infra.docker.leave_cluster import alive, answers, leave, main, node_at
 from tests.raylets import raylets
 
 ALIVE, DEAD = GcsNodeInfo.GcsNodeState.ALIVE, GcsNodeInfo.GcsNodeState.DEAD
@@ -26,6 +27,17 @@ def test_the_node_at_an_address() -> None:
         node_at(nodes, "10.0.0.3")
     with pytest.raises(ValueError, match=r"2 live nodes at 10\.0\.0\.1"):
         node_at([*nodes, node(4, "10.0.0.1")], "10.0.0.1")
+
+
+def test_a_cluster_that_goes_as_a_whole_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert answers(address)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert main(60) == 0
+    assert f"no head at {address}" in capsys.readouterr().err
 
 
 @pytest.fixture
