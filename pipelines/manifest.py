@@ -97,15 +97,17 @@ class Manifest:
     """Whether the files hold the column `entropies`."""
 
     def __post_init__(self) -> None:
-        for source in sorted({shard.source for shard in self.shards} | self.counts.keys()):
-            self._reconcile(source)
+        held = dict.fromkeys(self.counts, (0, 0))
+        for shard in self.shards:
+            documents, num_bytes = held.get(shard.source, (0, 0))
+            held[shard.source] = documents + shard.documents, num_bytes + shard.bytes
+        for source in sorted(held):
+            self._reconcile(source, held[source])
         if (self.kind == "patches") != (self.patching is not None):
             raise DataError(f"manifest of kind {self.kind!r} with patching {self.patching}")
 
-    def _reconcile(self, source: str) -> None:
-        """DataError if the shards of a source do not hold what its counts say."""
-        shards = [shard for shard in self.shards if shard.source == source]
-        held = sum(shard.documents for shard in shards), sum(shard.bytes for shard in shards)
+    def _reconcile(self, source: str, held: tuple[int, int]) -> None:
+        """DataError if the shards of a source do not hold the documents and bytes that its counts say."""
         counts = self.counts.get(source)
         counted = (counts.rows_out, counts.bytes) if counts else (0, 0)
         if held != counted:

@@ -142,14 +142,16 @@ class Order:
         epoch, within = divmod(position, self.epoch_length)
         ends = self._epoch(epoch)[1]
         window = bisect_right(ends, within)
-        return self._window(epoch, window)[within - (ends[window - 1] if window else 0)]
+        row_groups, sequences = self._window(epoch, window)
+        there = within - (ends[window - 1] if window else 0)
+        return Place(int(row_groups[there]), int(sequences[there]))
 
     @cached_property
     def _epoch(self) -> Callable[[int], tuple[Integers, list[int]]]:
         return lru_cache(maxsize=2)(partial(_permuted_epoch, self))
 
     @cached_property
-    def _window(self) -> Callable[[int, int], list[Place]]:
+    def _window(self) -> Callable[[int, int], tuple[Integers, Integers]]:
         return lru_cache(maxsize=2)(partial(_permuted_window, self))
 
 
@@ -172,11 +174,11 @@ def _permuted_epoch(order: Order, epoch: int) -> tuple[Integers, list[int]]:
     return groups, ends[last].tolist()
 
 
-def _permuted_window(order: Order, epoch: int, window: int) -> list[Place]:
-    """What stands at every place of a window."""
-    groups = order._epoch(epoch)[0][window * order.window : (window + 1) * order.window].tolist()
-    counts = [order.sequences[group] for group in groups]
+def _permuted_window(order: Order, epoch: int, window: int) -> tuple[Integers, Integers]:
+    """What stands at every place of a window: row groups and sequences. Arrays, since every source has its windows."""
+    groups = order._epoch(epoch)[0][window * order.window : (window + 1) * order.window]
+    counts = [order.sequences[group] for group in groups.tolist()]
     row_groups = np.repeat(groups, counts)
     sequences = np.concatenate([np.arange(count) for count in counts])
     shuffled = np.random.default_rng((*order.seed, epoch, window + 1)).permutation(len(row_groups))
-    return [Place(*place) for place in zip(row_groups[shuffled].tolist(), sequences[shuffled].tolist(), strict=True)]
+    return row_groups[shuffled], sequences[shuffled]
