@@ -27,3 +27,7 @@ class TrainingError(BltError):
 
 class CheckpointStorageError(CheckpointError, StorageError):
     """A checkpoint cannot be read or written because storage fails now."""
+
+
+class ClusterError(BltError):
+    """A cluster's job server does not answer or refuses, or a job on it has failed; the message names the job."""

@@ -81,18 +81,17 @@ def read_config_file(file: Path) -> dict[str, Any]:
 
 
 def load_config(
-    cls: type[T], file: Path | str | None, overrides: Sequence[str] = (), texts: Mapping[str, str] | None = None
+    cls: type[T], file: Path | str | None, overrides: Sequence[str] = (), given: Mapping[str, object] | None = None
 ) -> T:
     """The configuration of class `cls` from the file, if any, with `key.sub=value` overrides laid over it.
 
     Override values are YAML; the text of a key that holds text is taken as it stands, unless it is null or begins with
-    a quote. `texts` go before all else: values by key, for keys that hold text, which are never YAML. Relative paths
-    are left alone.
+    a quote. `given` go before all else: values by key, which are never read as YAML. Relative paths are left alone.
     """
     values = read_config_file(path) if (path := Path(file) if file is not None else None) else {}
     keys = [_apply_override(cls, values, override) for override in overrides]
-    values |= texts or {}
-    keys += texts or {}
+    values |= given or {}
+    keys += given or {}
     origin = _Origin(file=path, overrides=tuple(keys))
     prepared = _prepare(cls, values, None, "", origin)
     try:

@@ -28,8 +28,9 @@ _RECORD_VERSION = 1
 class JobResult:
     """What a command reports in the last line of its output. `seconds` is what the work took when it was done."""
 
-    status: Literal["done", "skipped", "incomplete"] = "done"
-    """Incomplete: a part of the work was asked for, or a check failed; never recorded."""
+    status: Literal["done", "skipped", "incomplete", "submitted"] = "done"
+    """Incomplete: a part of the work was asked for, or a check failed. Submitted: a cluster does it. Neither is ever
+    recorded."""
     seconds: float = 0.0
     path: str | None = None
     documents: int | None = None

@@ -15,3 +15,13 @@ def environment_defaults(defaults: Mapping[str, str]) -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def environment_without(*names: str) -> Iterator[None]:
+    """Takes variables away that would override an argument, and puts them back afterwards."""
+    taken = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)

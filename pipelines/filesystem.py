@@ -52,7 +52,7 @@ def resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Listings are never cached, so that what another process wrote is seen. ConfigError for a URI that carries
     credentials, names no bucket, or belongs to no installed filesystem.
     """
-    _refuse_credentials(uri)
+    refuse_credentials(uri)
     protocol, separator, place = uri.partition("://")
     on_s3 = bool(separator) and protocol in _S3_PROTOCOLS
     if on_s3 and not place.partition("/")[0]:
@@ -136,7 +136,8 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _refuse_credentials(uri: str) -> None:
+def refuse_credentials(uri: str) -> None:
+    """ConfigError, which does not repeat it, for a URI that carries credentials."""
     for authority in re.findall(r"://([^/]*)", uri):
         host, colon, port = authority.partition(":")
         if "@" in authority or (colon and host != "arn" and not port.isdigit()):

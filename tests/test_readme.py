@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from jobs.command_line import COMMANDS
+from jobs.invocation import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -19,9 +19,10 @@ from ray.train import WorkerGroupError
 from rich.console import Console
 
 from blt.errors import CheckpointError, ConfigError, DataError
-from jobs import command_line
+from jobs import invocation
 from jobs.action import Action
-from jobs.command_line import COMMANDS, Command, main
+from jobs.command_line import main
+from jobs.invocation import COMMANDS, Command
 from jobs.record import JobResult
 
 
@@ -44,7 +45,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         module = ModuleType("say", doc="Say something.")
         vars(module).update({"Config": Config, "run": run} | names)
         monkeypatch.setitem(COMMANDS, "say", Command("say", "say something"))
-        monkeypatch.setattr(command_line.importlib, "import_module", lambda name: module)
+        monkeypatch.setattr(invocation.importlib, "import_module", lambda name: module)
 
     return make
 

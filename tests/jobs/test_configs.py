@@ -20,8 +20,8 @@ from blt.layers import TransformerConfig
 from blt.memory_ledger import parameters_by_part
 from blt.model import BLT, BLTConfig
 from jobs import train, train_entropy
-from jobs.command_line import COMMANDS
 from jobs.configuration import find_config, load_config, packaged_configs, read_config_file
+from jobs.invocation import COMMANDS
 from jobs.settings import describe
 
 BLT_CONFIGS = ["blt_400m", "blt_1b", "blt_8b"]
