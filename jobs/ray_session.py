@@ -23,11 +23,14 @@ from types import FrameType
 
 import ray
 from ray._private import ray_constants
+from ray._raylet import Config  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError
 
 # isort: split
 import psutil  # type: ignore[import-untyped]  # bundled with Ray, which puts it on the path
 
 from blt.errors import ConfigError
+from jobs.cluster.address import is_loopback
 from pipelines.environment import environment_defaults
 
 logger = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ def ray_session(num_cpus: int | None = None, object_store_bytes: int = OBJECT_ST
         if ray.is_initialized():
             yield
         elif address := os.environ.get("RAY_ADDRESS"):
-            with environment_defaults(_QUIET | _TRAIN), _connected(address):
+            with environment_defaults(_QUIET | _TRAIN), _token_by_default(address), _connected(address):
                 yield
         else:
             with (
@@ -65,12 +68,34 @@ def ray_session(num_cpus: int | None = None, object_store_bytes: int = OBJECT_ST
 
 
 @contextlib.contextmanager
+def _token_by_default(address: str) -> Iterator[None]:
+    """Off this machine a token is used unless RAY_AUTH_MODE says otherwise; Ray itself would go without one."""
+    host = address.removeprefix("ray://").rpartition(":")[0]
+    if "RAY_AUTH_MODE" in os.environ or not host or is_loopback(host):
+        yield
+        return
+    with environment_defaults({"RAY_AUTH_MODE": "token"}):
+        Config.initialize("")  # Ray reads the mode when it is first imported, and then here
+        try:
+            yield
+        finally:
+            del os.environ["RAY_AUTH_MODE"]
+            Config.initialize("")
+
+
+@contextlib.contextmanager
 def _connected(address: str) -> Iterator[None]:
     try:
         _knock(address)
         ray.init(address=address, logging_level=logging.WARNING)
     except OSError as error:  # ConnectionError of ray.init among them
         raise ConfigError(f'RAY_ADDRESS "{address}": no Ray answers there; unset it to use a local one') from error
+    except AuthenticationError as error:
+        raise ConfigError(
+            f'RAY_ADDRESS "{address}": Ray does not accept the token, or there is none: set RAY_AUTH_TOKEN or '
+            "RAY_AUTH_TOKEN_PATH to that of the cluster, or RAY_AUTH_MODE=disabled for one without, in a network of "
+            "your own"
+        ) from error
     _leave_on_sigterm()
     try:
         yield

@@ -121,7 +121,8 @@ def connect(config: ClusterConfig) -> tuple[JobServer, Access]:
     address = find_address(config.address)
     access = find_access(address, insecure=config.insecure, token_over_http=config.token_over_http)
     # Ray's client tells of every upload and every address; what matters of it is told here.
-    logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     return JobServer(address, access), access
 
 

@@ -4,9 +4,6 @@ import datetime
 import time
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
-
 from jobs.cluster.job_server import CLUSTER_OPTIONS, ClusterConfig, Job, connect
 from jobs.record import JobResult
 
@@ -23,12 +20,10 @@ def run(config: Config) -> JobResult:
     """Print a table of the jobs; the result holds the status of each."""
     server, _ = connect(config)
     jobs = server.jobs()
-    table = Table(box=None, pad_edge=False)
-    for column in ("job", "status", "started", "seconds", "output or command"):
-        table.add_column(column, no_wrap=True, justify="right" if column == "seconds" else "left")
-    for job in jobs:
-        table.add_row(*_row(job))
-    Console(width=None if jobs else 80, soft_wrap=True).print(table)
+    rows = [("job", "status", "started", "seconds", "output or command"), *(_row(job) for job in jobs)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     return JobResult(figures={"jobs": len(jobs), **{f"job.{job.id}": job.status for job in jobs}})
 
 

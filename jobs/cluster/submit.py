@@ -149,12 +149,11 @@ def resolve(config: Config) -> Submission:
     if call.log_file is not None:
         raise ConfigError("--log-file of the command would be lost with the job's directory: `blt logs` shows its log")
     plain = to_plain(call.load())
-    local = check_places(name, plain)
-    if local:
-        logger.warning("paths that all nodes of the cluster must share: %s", " ".join(local))
     submission = Submission(command=name, action=call.action, config=plain)
     if (secret := held_secret(submission.config_file, secret_values(os.environ).items())) is not None:
         raise ConfigError(f"the configuration holds the value of {secret}: credentials never travel with a job")
+    if local := check_places(name, plain):
+        logger.warning("paths that all nodes of the cluster must share: %s", " ".join(local))
     return submission
 
 
