@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import ray  # noqa: F401
+
 # isort: split
-import ray  # noqa: F401  # puts psutil on the path
-import psutil
+import psutil  # bundled with Ray, which puts it on the path
 
 # isort: split
 

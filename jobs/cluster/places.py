@@ -19,14 +19,14 @@ PLACES: Mapping[str, tuple[str, ...]] = {
     "eval harness": ("model", "include_path", "output"),
     "eval characters": ("model", "words", "output"),
     "generate": ("model", "prompt_file", "output"),
-    "bench patch": ("documents", "entropy_model", "calibration", "reuse_entropies", "patches", "directory"),
-    "bench feed": ("patches", "init_from", "directory"),
-    "bench goodput": ("data", "entropy_model", "init_from", "directory"),
+    "bench patch": ("documents", "entropy_model", "patch.calibration", "patch.reuse_entropies", "patches", "directory"),
+    "bench feed": ("patches", "train.init_from", "directory"),
+    "bench goodput": ("data", "entropy_model", "train.init_from", "directory"),
     "bench entropy": (),
     "bench train": (),
     "bench generate": (),
 }
-"""The keys that hold a path or URI, of every command that can be a job; SECTION.KEY for those inside a list."""
+"""The keys that hold a path or URI, of every command that can be a job; SECTION.KEY for those in a section."""
 
 
 def check_places(command: str, config: Mapping[str, Any]) -> list[str]:
@@ -62,6 +62,6 @@ def _values(config: Mapping[str, Any], keys: tuple[str, ...]) -> Iterator[tuple[
         value = config.get(name)
         for one in value if isinstance(value, list) else [value]:
             if inner and one is not None:
-                yield from _values(one, (inner,))
+                yield from ((f"{name}.{below}", text) for below, text in _values(one, (inner,)))
             elif one is not None:
                 yield key, str(one)

@@ -1,0 +1,98 @@
+"""From documents to a trained model by jobs of a real cluster, with everything on S3."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from blt.checkpoint import load_entropy_model
+from jobs.record import read_record
+from pipelines.model_files import local_model
+from pipelines.storage import Storage
+from tests.ray_head import RayHead, ray_head
+from tests.s3_server import SECRET_KEY, S3Server
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(400)]
+
+ROOT = Path(__file__).parents[3]
+TOKEN = "0123456789abcdef-planted-token"
+
+
+def blt(head: RayHead, *arguments: str) -> list[str]:
+    """A command line on the cluster, from the sources; `tests` names the S3 server's key, so it is left out."""
+    own = [f"--address={head.address}", "--verbose"]
+    sent = [f"working_dir={ROOT}", "exclude=[tests]"] if arguments[0] == "submit" else []
+    return [sys.executable, "-m", "jobs", arguments[0], *own, *sent, *arguments[1:]]
+
+
+def run(head: RayHead, *arguments: str, status: int = 0) -> tuple[dict[str, object], str]:
+    """The result of a command, and all that it printed."""
+    done = subprocess.run(blt(head, *arguments), capture_output=True, text=True, timeout=200, check=False)
+    printed = done.stdout + done.stderr
+    assert done.returncode == status, printed[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(result, dict)
+    return result, printed
+
+
+def test_from_text_to_a_trained_model(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = s3.url("cluster")
+    Storage(root).write_replace("corpus/a.jsonl", (ROOT / "tests/data/speeches.jsonl").read_bytes())
+    settings = yaml.safe_load((ROOT / "tests/integration/tiny.yaml").read_text())["train_entropy"]
+    (tmp_path / "entropy.yaml").write_text(yaml.safe_dump(settings))
+    shard = ("shard", f"input=[{root}/corpus]", "valid_fraction=0.3", "shard_bytes=20000", f"output={root}/documents")
+    train = ("train-entropy", "--config", str(tmp_path / "entropy.yaml"), f"documents={root}/documents")
+    train = (*train, f"output={root}/entropy")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    with ray_head({**s3.environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}) as head:
+        result, printed = run(head, "submit", "--follow", *shard)
+        assert (result["status"], result["job_status"]) == ("done", "SUCCEEDED")
+        assert "Running entrypoint for job shard-" in printed
+        job = _interrupted(head, *train)
+        waited, told = run(head, "submit", "--wait", *train)
+        assert f"attached to the same run job={job} status=RUNNING" in told
+        assert waited["job"] == job
+        assert waited["steps"] == settings["steps"]
+        log = run(head, "logs", job)[1]
+        printed += told + log
+        jobs, listed = run(head, "jobs")
+        assert [jobs[f"job.{one}"] for one in (result["job"], job)] == ["SUCCEEDED", "SUCCEEDED"]
+        logs = b"".join(file.read_bytes() for file in head.directory.rglob("*.log"))
+        logs += b"".join(file.read_bytes() for file in head.directory.rglob("*.out"))
+        assert b"train-entropy" in logs
+    record = read_record(f"{root}/entropy")
+    assert record is not None
+    assert record.result.bytes == waited["bytes"]
+    assert load_entropy_model(local_model(f"{root}/entropy/model")) is not None
+    stored = b"".join(Storage(root).read_bytes(path) for path in Storage(root).list())
+    for secret in (SECRET_KEY, TOKEN):
+        for place in ((printed + listed).encode(), logs, stored):
+            assert secret.encode() not in place
+
+
+def _interrupted(head: RayHead, *command: str) -> str:
+    """Submit, follow until the job runs, and press Ctrl-C; the job's id."""
+    arguments = blt(head, "submit", "--follow", *command)
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ, start_new_session=True
+    ) as following:
+        assert following.stderr is not None
+        said = ""
+        while "Running entrypoint" not in said:
+            line = following.stderr.readline()
+            assert line, said
+            said += line
+        following.send_signal(signal.SIGINT)
+        out, rest = following.communicate(timeout=60)
+        assert following.returncode == 130, said + rest
+    error = json.loads(out.splitlines()[-1])["error"]
+    job = str(error).split()[2]
+    assert error == (
+        f"interrupted; job {job} goes on: `blt logs {job} --follow` attaches again, `blt stop {job}` ends it"
+    )
+    return job
