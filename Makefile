@@ -28,10 +28,11 @@ test-eval: $(INSTALLED)  ## install the extra `eval` (lm-evaluation-harness) and
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-eval.lock
 	@$(BIN)/python -m pytest -q -m "not gpu" tests/jobs/test_harness_model.py
 
-check: $(INSTALLED)  ## lint, formatting, types and the fast tests
+check: $(INSTALLED)  ## lint, formatting, types, known vulnerabilities and the fast tests
 	@echo "ruff check" && $(BIN)/ruff check --quiet .
 	@echo "ruff format --check" && $(BIN)/ruff format --check --quiet .
 	@echo "mypy" && $(BIN)/mypy --no-error-summary
+	@$(BIN)/python .ci/audit.py requirements.lock requirements-eval.lock
 	@$(MAKE) --no-print-directory test
 
 clean:  ## remove .venv, caches and the quickstart's output

@@ -99,6 +99,8 @@ class Manifest:
     def __post_init__(self) -> None:
         held = dict.fromkeys(self.counts, (0, 0))
         for shard in self.shards:
+            if not is_inside(shard.path):
+                raise DataError(f"manifest names the file {shard.path!r}, which does not lie inside its dataset")
             documents, num_bytes = held.get(shard.source, (0, 0))
             held[shard.source] = documents + shard.documents, num_bytes + shard.bytes
         for source in sorted(held):
@@ -133,6 +135,12 @@ class Manifest:
 
     def split(self, name: Split) -> tuple[ShardEntry, ...]:
         return tuple(shard for shard in self.shards if shard.split == name)
+
+
+def is_inside(path: str) -> bool:
+    """Whether a relative path, joined to any root, stays below it."""
+    parts = path.split("/")
+    return path.isprintable() and "\\" not in path and all(part not in ("", ".", "..") for part in parts)
 
 
 class _Version(msgspec.Struct):

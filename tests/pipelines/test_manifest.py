@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from blt.errors import DataError
 from blt.patching import PatchRule
-from pipelines.manifest import Manifest, Patching, ShardEntry, SourceCounts, read_manifest, write_manifest
+from pipelines.manifest import Manifest, Patching, ShardEntry, SourceCounts, is_inside, read_manifest, write_manifest
 
 
 def _manifest(**changes: Any) -> Manifest:
@@ -110,3 +113,28 @@ def test_manifest_is_plain_json(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "manifest.json").read_text())
     assert record["counts"]["s"]["quarantined"] == 1
     assert record["patching"]["rule"]["threshold"] == 1.25
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../secret", "train/../../secret", "/etc/passwd", "train//x", "./x", "", "train/x/..", "a\\..\\b", "a\0b", "a\nb"],
+)
+def test_a_shard_outside_the_dataset_is_refused(path: str, tmp_path: Path) -> None:
+    """In a manifest as it is made, and in one that somebody else has written: nothing outside is read or made."""
+    shard = dataclasses.replace(_manifest().shards[0], path=path)
+    with pytest.raises(DataError, match="does not lie inside its dataset"):
+        _manifest(shards=(shard, _manifest().shards[1]))
+    root = tmp_path / "dataset"
+    root.mkdir()
+    write_manifest(str(root), _manifest())
+    text = json.loads((root / "manifest.json").read_text())
+    text["shards"][0]["path"] = path
+    (root / "manifest.json").write_text(json.dumps(text))
+    with pytest.raises(DataError, match="does not lie inside its dataset"):
+        read_manifest(str(root))
+
+
+@given(st.text(alphabet="a./\\ ", max_size=12))
+def test_what_is_inside_stays_below_any_root(path: str) -> None:
+    inside = os.path.normpath(f"/root/{path}").startswith("/root/") and not path.startswith("/")
+    assert not is_inside(path) or inside
