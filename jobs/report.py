@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from blt.checkpoint import entropy_model_fingerprint, load_entropy_model
+from blt.checkpoint import load_entropy_model
 from blt.entropy_model import document_entropies
 from blt.errors import ConfigError, DataError
 from jobs.configuration import to_plain
@@ -23,6 +23,7 @@ from jobs.record import JobResult
 from jobs.report_page import PatchView, render
 from jobs.report_patches import Passage, patch_lengths, read_passage
 from jobs.report_run import COMMANDS, MODEL_CONFIG_PATH, Run, read_run, run_directories
+from pipelines.model_files import local_model, model_fingerprint
 from pipelines.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -134,10 +135,10 @@ def _entropies(found: Run, passage: Passage, left_out: list[str]) -> tuple[float
         left_out.append("entropy curve (no entropy model)")
         return None
     directory = f"{root}/{Path(MODEL_CONFIG_PATH).parent}"
-    if entropy_model_fingerprint(directory) != patching.entropy_model:
+    if model_fingerprint(directory) != patching.entropy_model:
         left_out.append(f"entropy curve ({directory} is not the entropy model that made the patches)")
         return None
-    model = load_entropy_model(directory, dtype=getattr(torch, patching.dtype)).eval()
+    model = load_entropy_model(local_model(directory), dtype=getattr(torch, patching.dtype)).eval()
     read = passage.before + passage.text
     values = document_entropies(model, [read], reset_on_newline=patching.reset_on_newline)[0]
     return tuple(values[len(passage.before) : len(read)].tolist())

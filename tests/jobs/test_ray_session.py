@@ -98,3 +98,33 @@ def test_unreachable_cluster_is_named(tmp_path: Path) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
     )
     assert 'ConfigError: RAY_ADDRESS "127.0.0.1:1": no Ray answers there' in run.stderr
+
+
+@pytest.mark.parametrize("mode", [None, "token"])
+def test_off_this_machine_a_token_is_needed(mode: str | None, tmp_path: Path) -> None:
+    """0.0.0.0 leads here and is no loopback address; without a token nothing is sent there."""
+    program = """
+import os, socket
+from jobs.ray_session import ray_session
+
+with socket.create_server(("0.0.0.0", 0)) as server:
+    os.environ["RAY_ADDRESS"] = f"0.0.0.0:{server.getsockname()[1]}"
+    before = os.environ.get("RAY_AUTH_MODE")
+    try:
+        with ray_session(): pass
+    except ValueError as error:
+        print(error)
+    assert os.environ.get("RAY_AUTH_MODE") == before
+    while True:
+        server.settimeout(0.1)
+        try: connection, _ = server.accept()
+        except TimeoutError: break
+        print("received", connection.recv(1000))
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "HOME": str(tmp_path)}
+    environment |= {"RAY_AUTH_MODE": mode} if mode else {}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
+    told, *received = run.stdout.splitlines()
+    assert "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH" in told, run.stderr
+    assert set(received) == {"received b''"}, "only the question whether anything listens"
