@@ -68,7 +68,7 @@ def _stay(server: JobServer, job_id: str, look: Callable[[], Job | None]) -> Job
                 last_seen = time.monotonic()
             except ServerAwayError as error:
                 if time.monotonic() - last_seen > PATIENCE_SECONDS:
-                    raise ServerAwayError(f"{error}; the job may go on: {_how_to_attach(job_id)}") from error
+                    raise ServerAwayError(f"{error}; the job may go on: {_how_to_attach(job_id)}") from error.__cause__
                 logger.warning("%s; trying again", error)
                 job = None
             if job is not None:

@@ -68,6 +68,11 @@ class JobServer:
         with environment_without("RAY_ADDRESS", ENVIRONMENT), self._errors():
             self._client = JobSubmissionClient(address.url, headers=dict(access.headers))
 
+    @property
+    def ray_version(self) -> str:
+        """Of the cluster, as it told when it was connected to."""
+        return str(self._client._server_ray_version)
+
     def jobs(self) -> list[Job]:
         """All jobs that were submitted to it, the oldest first."""
         with self._errors():

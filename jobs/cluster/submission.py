@@ -86,3 +86,14 @@ def pip_packages(directory: Path, dependencies: Dependencies, extras: Sequence[s
         raise ConfigError(f'key "extras": {", ".join(unknown)} not known (accepted: {", ".join(sorted(optional))})')
     wanted = [*project["dependencies"], *(package for extra in extras for package in optional[extra])]
     return [*wanted, f"-c {_WORKING_DIRECTORY}/{LOCK_FILE}"]
+
+
+def check_ray_version(directory: Path, of_cluster: str) -> None:
+    """ConfigError where requirements.lock has another Ray than the cluster, which a job cannot change."""
+    lines = (directory / LOCK_FILE).read_text(encoding="utf-8").splitlines()
+    locked = next((line.removeprefix("ray==") for line in lines if line.startswith("ray==")), of_cluster)
+    if locked != of_cluster:
+        raise ConfigError(
+            f"the cluster runs Ray {of_cluster} and {LOCK_FILE} has {locked}, which a job cannot change: use a cluster "
+            "with that version, or dependencies=image"
+        )

@@ -11,6 +11,7 @@ Returns once the job is submitted. With --wait or --follow the exit status is th
 job running.
 """
 
+import json
 import logging
 import os
 import sys
@@ -28,7 +29,7 @@ from jobs.cluster.job_server import CLUSTER_OPTIONS, ClusterConfig, JobServer, c
 from jobs.cluster.package import Packaged, write_package
 from jobs.cluster.places import check_places
 from jobs.cluster.secrets import held_secret, is_secret_name, secret_values
-from jobs.cluster.submission import CONFIG_FILE, Dependencies, Submission, pip_packages
+from jobs.cluster.submission import CONFIG_FILE, Dependencies, Submission, check_ray_version, pip_packages
 from jobs.configuration import to_plain
 from jobs.invocation import split_command, understand
 from jobs.record import JobResult
@@ -106,6 +107,8 @@ def run(config: Config) -> JobResult:
         packaged = pack(config, submission, package)
         request = job_request(config, package)
         server, access = connect(config)
+        if config.dependencies == "lock":
+            check_ray_version(config.working_dir.resolve(), server.ray_version)
         if access.is_open:
             # Nodes that use a token by default off loopback would look for one.
             request["runtime_env"]["env_vars"] |= {"RAY_AUTH_MODE": "disabled"}
@@ -150,8 +153,7 @@ def resolve(config: Config) -> Submission:
         raise ConfigError("--log-file of the command would be lost with the job's directory: `blt logs` shows its log")
     plain = to_plain(call.load())
     submission = Submission(command=name, action=call.action, config=plain)
-    if (secret := held_secret(submission.config_file, secret_values(os.environ).items())) is not None:
-        raise ConfigError(f"the configuration holds the value of {secret}: credentials never travel with a job")
+    _refuse_secrets("the configuration of the command", submission.config_file)
     if local := check_places(name, plain):
         logger.warning("paths that all nodes of the cluster must share: %s", " ".join(local))
     return submission
@@ -173,6 +175,7 @@ def pack(config: Config, submission: Submission, target: Path) -> Packaged:
 
 def job_request(config: Config, package: Path) -> dict[str, Any]:
     """The arguments of JobSubmissionClient.submit_job apart from id, entrypoint and metadata."""
+    _refuse_secrets("the configuration of submit", json.dumps(to_plain(config), ensure_ascii=False).encode())
     packages = pip_packages(config.working_dir.resolve(), config.dependencies, config.extras)
     runtime_env: dict[str, Any] = {"working_dir": str(package), "env_vars": dict(config.env)}
     if packages:
@@ -184,6 +187,11 @@ def job_request(config: Config, package: Path) -> dict[str, Any]:
         "entrypoint_memory": config.resources.memory_bytes or None,
         "entrypoint_resources": dict(config.resources.custom) or None,
     }
+
+
+def _refuse_secrets(what: str, content: bytes) -> None:
+    if (secret := held_secret(content, secret_values(os.environ).items())) is not None:
+        raise ConfigError(f"{what} holds the value of {secret}: credentials never travel with a job")
 
 
 def _submit(

@@ -28,6 +28,7 @@ from pipelines.evaluate.evaluation import NoiseFigures, SourceFigures, write_eva
 from pipelines.evaluate.samples import SampleFigures
 from pipelines.manifest import read_manifest
 from pipelines.patch.calibration import Calibration, read_calibration
+from pipelines.storage import Storage
 from pipelines.train.account import account_of
 from pipelines.train.timeline import Entry, Event, Started, read_timeline
 from tests.jobs.html_page import HtmlPage
@@ -42,6 +43,7 @@ from tests.jobs.report_case import (
     write_run,
     write_timeline,
 )
+from tests.s3_server import S3Server
 
 
 @pytest.fixture(scope="module")
@@ -436,3 +438,41 @@ def test_offset_beyond_is_a_configuration_error(run_directory: Path) -> None:
     root = str(run_directory / "patches")
     with pytest.raises(ConfigError, match="beyond"):
         read_passage(root, read_manifest(root), num_bytes=5, offset=10**6)
+
+
+@pytest.mark.s3
+def test_a_run_on_s3_has_the_page_of_the_same_run_here(run_directory: Path, s3: S3Server, tmp_path: Path) -> None:
+    """Finished, and as it is while the BLT trains: no record, no model, half a line of metrics."""
+    here, there = tmp_path / "run", s3.url("reported/run")
+    shutil.copytree(run_directory, here)
+    finished = report_text(str(here), tmp_path)
+    upload(here, there)
+    assert report_text(there, tmp_path) == finished
+    assert "Entropy" in finished
+    for path in ("job.json", "model/config.json"):
+        (here / "model" / path).unlink(missing_ok=True)
+        Storage(there).delete(f"model/{path}")
+    with (here / "model/metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 101, "train/b')
+    upload(here, there)
+    running = report_text(there, tmp_path)
+    assert running == report_text(str(here), tmp_path)
+    assert running != finished
+    assert report.run(report.Config(run=there, output=s3.url("reported/page.html"), title="t")).status == "done"
+    assert Storage(s3.url("reported")).exists("page.html")
+
+
+def upload(directory: Path, uri: str) -> None:
+    """Every file below the directory to the same place below the URI."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            Storage(uri).write_replace(file.relative_to(directory).as_posix(), file.read_bytes())
+
+
+def report_text(run: str, directory: Path) -> str:
+    """The page about a run without what tells where the run lies."""
+    output = directory / "report.html"
+    output.unlink(missing_ok=True)
+    report.run(report.Config(run=run, output=str(output), title="t"))
+    text = output.read_text(encoding="utf-8").replace(run, "RUN")
+    return re.sub(r"[0-9a-f]{64}", "HASH", text)

@@ -3,11 +3,16 @@
 import io
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
+from jobs.cluster import following
+from jobs.cluster.access import Access
+from jobs.cluster.address import parse_address
+from jobs.cluster.job_server import Job, JobServer, ServerAwayError
 from jobs.command_line import main
 from tests.job_server import RecordingServer, recording_server
 
@@ -69,10 +74,11 @@ def test_no_credential_is_printed_or_sent(
 ) -> None:
     log = tmp_path / "submit.log"
     printed = blt(capsys, "submit", "--verbose", "--log-file", str(log), *COMMAND)[1]
-    for arguments in (("jobs", "--verbose"), ("submit", f"env.NAME={SECRET}", *COMMAND), ("jobs", f"address={SECRET}")):
-        main(arguments)
-        captured = capsys.readouterr()
-        printed += captured.out + captured.err if "address" not in arguments[-1] else ""
+    printed += blt(capsys, "jobs", "--verbose")[1]
+    for given in (f"env.NAME={SECRET}", f"python={SECRET}", f"exclude=[{SECRET}]"):
+        refused, told = blt(capsys, "submit", given, "--again", *COMMAND, "dedup=true", status=2)
+        assert "configuration of submit holds the value of" in str(refused["error"])
+        printed += told
     sent = b"".join(repr(one).encode() for one in server.requests)
     unpacked = b""
     for package in server.packages.values():
@@ -164,3 +170,73 @@ def test_the_options_of_submit_stand_before_the_command(
         (("submit", "shard", "--help"), "blt shard --help"),
     ):
         assert reason in str(blt(capsys, *given, status=2)[0]["error"])
+
+
+def test_a_job_cannot_change_the_version_of_ray(
+    tree: Path, server: RecordingServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With locked dependencies, which need the sources in the working directory."""
+    arguments = ("submit", "--dependencies", "lock", *COMMAND)
+    assert "has no pyproject.toml" in str(blt(capsys, *arguments, status=2)[0]["error"])
+    (tree / "jobs").mkdir()
+    (tree / "jobs/__main__.py").touch()
+    (tree / "pyproject.toml").write_text('[project]\ndependencies = ["ray[default]"]\n')
+    (tree / "requirements.lock").write_text("rich==1\nray==1.2.3\n")
+    assert "requirements.lock has 1.2.3" in str(blt(capsys, *arguments, status=2)[0]["error"])
+    (tree / "requirements.lock").write_text(f"rich==1\nray=={ray.__version__}\n")
+    job = server.jobs[str(blt(capsys, *arguments)[0]["job"])]
+    packages = ["ray[default]", "-c ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/requirements.lock"]
+    assert job["runtime_env"]["pip"]["packages"] == packages
+
+
+def test_a_server_that_goes_away_for_a_while_is_waited_for(
+    tree: Path, server: RecordingServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And given up after a time, with how to attach again; the job is not touched."""
+    monkeypatch.setattr(following, "POLL_SECONDS", 0.01)
+    job = str(blt(capsys, "submit", *COMMAND)[0]["job"])
+    away = iter([True, True, False, True])
+
+    def fail_now_and_then(self: JobServer, job_id: str) -> Job:
+        if next(away, False):
+            raise ServerAwayError("gone")
+        found = plain(self, job_id)
+        server.end(job, "SUCCEEDED")
+        return found
+
+    plain = JobServer.job
+    monkeypatch.setattr(JobServer, "job", fail_now_and_then)
+    assert blt(capsys, "submit", "--wait", *COMMAND)[0]["job_status"] == "SUCCEEDED"
+    server.jobs[job]["status"] = "RUNNING"
+    monkeypatch.setattr(following, "PATIENCE_SECONDS", 0.05)
+
+    def fail(self: JobServer, job_id: str) -> Job:
+        raise ServerAwayError("gone")
+
+    monkeypatch.setattr(JobServer, "job", fail)
+    error = str(blt(capsys, "submit", "--wait", *COMMAND, status=1)[0]["error"])
+    assert error == f"gone; the job may go on: `blt logs {job} --follow` attaches again, `blt stop {job}` ends it"
+    assert server.jobs[job]["status"] == "RUNNING"
+
+
+def test_a_log_that_breaks_off_goes_on_where_it_was(
+    tree: Path, server: RecordingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray sends a log from its start each time; what was shown is not shown again."""
+    monkeypatch.setattr(following, "POLL_SECONDS", 0.01)
+    server.jobs["x"] = {"type": "SUBMISSION", "submission_id": "x", "entrypoint": "e", "status": "RUNNING", "log": ""}
+    chunks = iter([["one\n", "tw"], ["one\ntwo\nth"], ["one\n", "two\n", "three\n"]])
+
+    async def log(self: JobServer, job_id: str) -> AsyncIterator[str]:
+        for text in next(chunks):
+            yield text
+        if len(shown) < 4:
+            raise ServerAwayError("gone")
+        server.end("x", "SUCCEEDED")
+
+    monkeypatch.setattr(JobServer, "log_as_it_grows", log)
+    address = parse_address("address", server.address)
+    shown: list[str] = []
+    job = following.follow(JobServer(address, Access(is_open=True, headers={})), "x", shown.append)
+    assert job.status == "SUCCEEDED"
+    assert shown == ["one\n", "tw", "o\nth", "ree\n"]
