@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -97,12 +96,11 @@ def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End `ray start` and all that it has started, and nothing else."""
+    """Kill `ray start` and all that it has started, and nothing else: nothing of it is to be kept."""
     own = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs([psutil.Process(process.pid), *own] if process.poll() is None else own, timeout=10)
-    for one in alive:
+    process.kill()
+    for one in own:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     process.wait()
-    psutil.wait_procs(alive, timeout=10)
+    psutil.wait_procs(own, timeout=10)
