@@ -115,7 +115,8 @@ def to_plain(config: object) -> Any:
 
 def _checker(cls: type) -> type[pydantic.BaseModel]:
     # A plain dataclass inherits the settings of the model around it, nested ones too; TypeAdapter refuses to pass them.
-    strict = pydantic.ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+    # Its own error, which a detailed log shows, would tell all values, a URI with a password among them.
+    strict = pydantic.ConfigDict(extra="forbid", coerce_numbers_to_str=True, hide_input_in_errors=True)
     return pydantic.create_model("Checker", __config__=strict, config=(cls, ...))
 
 
@@ -250,5 +251,5 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 
 def _shown(value: object) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    text = re.sub(r"://[^/\s]*@", "://...@", json.dumps(value, default=str, ensure_ascii=False))
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -55,11 +55,12 @@ def command_help(
         value = "" if option in flags else " VALUE"
         shown[f"--{option}{value}"] = f"the same as {key}={value.strip() or 'true'}{of_actions.get(key, '')}"
     places = "".join(f" {key.upper()}" for key in getattr(module, "POSITIONAL", ()))
+    rest = f" {module.REST.upper()} ..." if hasattr(module, "REST") else ""
     values = None if file is None else read_config_file(file)
     settings = describe(module.Config, values)
     source = "" if file is None else f", with the defaults of {file}"
     lines = [
-        f"usage: blt {name}{places} [--config FILE] [KEY=VALUE ...]",
+        f"usage: blt {name}{places} [--config FILE] [KEY=VALUE ...]{rest}",
         "",
         *_paragraphs(inspect.getdoc(module) or ""),
         "",

@@ -16,7 +16,8 @@ from typing import NoReturn
 from blt.errors import ConfigError
 from jobs.action import Action
 from jobs.annotation import field_types
-from jobs.configuration import PACKAGED_CONFIGS, find_config, load_config
+from jobs.cluster.places import refuse_credentials_in
+from jobs.configuration import PACKAGED_CONFIGS, find_config, load_config, to_plain
 from jobs.help import command_help
 from jobs.record import JobResult
 
@@ -88,9 +89,11 @@ class Call:
         return run
 
     def load(self) -> object:
-        """The configuration. ConfigError."""
-        config = (self._action.config if self._action else None) or self.module.Config
-        return load_config(config, self.file, self.settings, self.given)
+        """The configuration. ConfigError, for a URI with credentials in it too: nothing is done with it, nor told."""
+        cls = (self._action.config if self._action else None) or self.module.Config
+        config: object = load_config(cls, self.file, self.settings, self.given)
+        refuse_credentials_in(self.name, to_plain(config))
+        return config
 
     @property
     def _action(self) -> Action | None:

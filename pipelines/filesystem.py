@@ -50,13 +50,15 @@ def resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem of a local path or URI, and the path in it. No network is used.
 
     Listings are never cached, so that what another process wrote is seen. ConfigError for a URI that carries
-    credentials, names no bucket, or belongs to no installed filesystem.
+    credentials, names no bucket, has a part .. on S3, or belongs to no installed filesystem.
     """
     refuse_credentials(uri)
     protocol, separator, place = uri.partition("://")
     on_s3 = bool(separator) and protocol in _S3_PROTOCOLS
     if on_s3 and not place.partition("/")[0]:
         raise ConfigError(f"{uri!r} names no bucket")
+    if on_s3 and ".." in place.split("/"):
+        raise ConfigError(f"{uri!r} has a part .., which is no directory above on S3")
     try:
         if not separator:  # a path, in which "::" has no meaning
             return LocalFileSystem(), str(LocalFileSystem._strip_protocol(uri))

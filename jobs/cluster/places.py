@@ -29,11 +29,17 @@ PLACES: Mapping[str, tuple[str, ...]] = {
 """The keys that hold a path or URI, of every command that can be a job; SECTION.KEY for those in a section."""
 
 
+def refuse_credentials_in(command: str, config: Mapping[str, Any]) -> None:
+    """ConfigError, which does not repeat it, for a place of the command's configuration that carries credentials."""
+    for _, value in _values(config, PLACES.get(command, ())):
+        refuse_credentials(value)
+
+
 def check_places(command: str, config: Mapping[str, Any]) -> list[str]:
     """The keys, with their values, that hold local paths, which all nodes must share.
 
     `config` is the resolved configuration as plain values. ConfigError for a path that no node has (a relative one,
-    ~), for a URI that carries credentials, and for a command that cannot be a job.
+    ~), and for a command that cannot be a job.
     """
     if command not in PLACES:
         raise ConfigError(
@@ -42,7 +48,6 @@ def check_places(command: str, config: Mapping[str, Any]) -> list[str]:
         )
     local = []
     for key, value in _values(config, PLACES[command]):
-        refuse_credentials(value)
         path = value.removeprefix("file://")
         if "://" in path:
             continue

@@ -42,6 +42,12 @@ def test_uri_without_credentials_is_taken(uri: str) -> None:
     assert resolve(uri)[1].endswith(uri.rpartition("/")[2])
 
 
+@pytest.mark.parametrize("uri", ["s3://bucket/../other/x", "s3://bucket/a/..", "s3a://../x"])
+def test_a_part_that_would_lead_out_of_a_copy_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"has a part \.\."):
+        resolve(uri)
+
+
 def test_local_paths_are_never_taken_for_uris(tmp_path: Path) -> None:
     path = tmp_path / "user:x@host?token=1"
     path.write_bytes(b"data")
