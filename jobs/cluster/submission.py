@@ -30,6 +30,8 @@ class Submission:
     action: str | None
     config: Mapping[str, Any]
     """Resolved, as plain values."""
+    verbose: bool = False
+    """Whether its log has the details; it has no say in what the job is."""
 
     @property
     def fingerprint(self) -> str:
@@ -56,8 +58,9 @@ class Submission:
 
     def entrypoint(self, python: str) -> str:
         """The shell command of the job: the same command, with its configuration from CONFIG_FILE."""
-        action = [f"--{self.action}"] if self.action else []
-        return shlex.join([python, "-m", "jobs", *self.command.split(), *action, "--config", CONFIG_FILE])
+        options = [f"--{self.action}"] if self.action else []
+        options += ["--verbose"] if self.verbose else []
+        return shlex.join([python, "-m", "jobs", *self.command.split(), *options, "--config", CONFIG_FILE])
 
     def metadata(self, attempt: int) -> dict[str, str]:
         """What stands beside the job in lists."""

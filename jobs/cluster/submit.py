@@ -11,6 +11,7 @@ Returns once the job is submitted. With --wait or --follow the exit status is th
 job running.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -152,7 +153,7 @@ def resolve(config: Config) -> Submission:
     if call.log_file is not None:
         raise ConfigError("--log-file of the command would be lost with the job's directory: `blt logs` shows its log")
     plain = to_plain(call.load())
-    submission = Submission(command=name, action=call.action, config=plain)
+    submission = Submission(command=name, action=call.action, config=plain, verbose=call.verbose)
     _refuse_secrets("the configuration of the command", submission.config_file)
     if local := check_places(name, plain):
         logger.warning("paths that all nodes of the cluster must share: %s", " ".join(local))
@@ -206,9 +207,10 @@ def _submit(
         try:
             server.submit(decision.job_id, submission.entrypoint(config.python), metadata=metadata, **request)
         except ClusterError:
-            decision = decide(submission.run, server.jobs(), again=False)
-            if decision.kind == "new":
+            rival = next((job for job in server.jobs() if job.id == decision.job_id), None)
+            if rival is None:
                 raise
+            decision = dataclasses.replace(decision, kind="attach", last=rival)
     _tell(decision, server, packaged)
     return decision
 

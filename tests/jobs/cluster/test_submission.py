@@ -33,6 +33,8 @@ def test_the_id_follows_from_the_configuration_alone() -> None:
     assert submission(*TRAIN, "steps=2000").run != first.run
     assert submission(*TRAIN[:1], *reversed(TRAIN[3:]), *TRAIN[1:3]).run == first.run
     assert submission(*TRAIN, "--dry-run").run.startswith("train-dry-run-")
+    assert submission(*TRAIN, "--verbose").run == first.run
+    assert "--verbose" in submission(*TRAIN, "--verbose").entrypoint("python").split()
 
 
 @pytest.mark.parametrize(

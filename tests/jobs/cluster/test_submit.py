@@ -152,6 +152,20 @@ def test_what_the_server_refuses_is_one_line(
     assert result["error"] == f"{server.address}: the job server refuses (status code 500): RuntimeError: no room.."
 
 
+def test_two_submissions_at_once_are_one_job(
+    tree: Path, server: RecordingServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one was a moment faster, so the server says that the id is taken."""
+    submit = server._submit
+    monkeypatch.setattr(server, "_submit", lambda request: [submit(request), submit(request)][1])
+    result, printed = blt(capsys, "submit", *COMMAND)
+    assert (result["submission"], list(server.jobs)) == ("attach", [result["job"]])
+    assert "attached to the same run" in printed
+    server.end(str(result["job"]), "SUCCEEDED")
+    monkeypatch.setattr(server, "_submit", lambda request: (500, "RuntimeError: no room"))
+    assert "no room" in str(blt(capsys, "submit", "--again", *COMMAND, status=1)[0]["error"])
+
+
 def test_the_options_of_submit_stand_before_the_command(
     tree: Path, server: RecordingServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
