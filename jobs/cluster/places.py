@@ -7,7 +7,7 @@ from blt.errors import ConfigError
 from pipelines.filesystem import refuse_credentials
 
 _CORPUS = ("input", "sources.input")
-_TRAINING = ("output", "init_from")
+_TRAINING = ("output", "init_from", "init_latent_from")
 
 PLACES: Mapping[str, tuple[str, ...]] = {
     "shard": (*_CORPUS, "output"),
@@ -20,8 +20,8 @@ PLACES: Mapping[str, tuple[str, ...]] = {
     "eval characters": ("model", "words", "output"),
     "generate": ("model", "prompt_file", "output"),
     "bench patch": ("documents", "entropy_model", "patch.calibration", "patch.reuse_entropies", "patches", "directory"),
-    "bench feed": ("patches", "train.init_from", "directory"),
-    "bench goodput": ("data", "entropy_model", "train.init_from", "directory"),
+    "bench feed": ("patches", "train.init_from", "train.init_latent_from", "directory"),
+    "bench goodput": ("data", "entropy_model", "train.init_from", "train.init_latent_from", "directory"),
     "bench entropy": (),
     "bench train": (),
     "bench generate": (),
