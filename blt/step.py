@@ -34,7 +34,7 @@ class Batch:
         return Batch(
             byte_ids_BT=self.byte_ids_BT.contiguous().pin_memory(),
             targets_BT=self.targets_BT.contiguous().pin_memory(),
-            document_ids_BT=self.document_ids_BT.pin_memory(),
+            document_ids_BT=self.document_ids_BT.contiguous().pin_memory(),
             patch_lengths_BP=None if lengths is None else lengths.pin_memory(),
         )
 

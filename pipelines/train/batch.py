@@ -14,7 +14,7 @@ from torch import Tensor
 from blt.loss import NO_TARGET
 from blt.step import Batch
 from blt.vocabulary import BOE, BOS, BYTE_OFFSET, EOS
-from pipelines.train.packing import PackedSequence, Parts
+from pipelines.train.packing import PackedSequence
 
 
 def make_batch(sequences: Sequence[PackedSequence], with_patches: bool) -> Batch:
@@ -22,7 +22,8 @@ def make_batch(sequences: Sequence[PackedSequence], with_patches: bool) -> Batch
     if not sequences:
         return _padding_batch(with_patches)
     size = max(len(sequence) for sequence in sequences)
-    ids = np.zeros((len(sequences), size), np.int16)
+    shape = (len(sequences), size)
+    ids, documents = np.zeros(shape, np.int16), np.full(shape, -1, np.int32)
     rows = [(sequence, sequence.parts()) for sequence in sequences]
     for row, (sequence, parts) in zip(ids, rows, strict=True):
         read = 0
@@ -30,28 +31,22 @@ def make_batch(sequences: Sequence[PackedSequence], with_patches: bool) -> Batch
             row[begin:end] = parts.text[read : read + end - begin]
             read += end - begin
     ids += BYTE_OFFSET
-    for row, (sequence, parts) in zip(ids, rows, strict=True):
-        row[parts.bos], row[parts.eos], row[len(sequence) :] = BOS, EOS, BOE
     targets = ids.copy()
-    for row, (sequence, parts) in zip(targets, rows, strict=True):
-        row[: sequence.context], row[parts.bos], row[len(sequence) :] = NO_TARGET, NO_TARGET, NO_TARGET
+    for i, (sequence, parts) in enumerate(rows):
+        for place in parts.eos:
+            ids[i, place] = targets[i, place] = EOS
+        for place in parts.bos:
+            ids[i, place], targets[i, place] = BOS, NO_TARGET
+        ids[i, len(sequence) :], targets[i, len(sequence) :] = BOE, NO_TARGET
+        targets[i, : sequence.context] = NO_TARGET
+        for number, (begin, end) in enumerate(pairwise((0, *(p for p in parts.bos if p), len(sequence)))):
+            documents[i, begin:end] = number
     return Batch(
         byte_ids_BT=torch.from_numpy(ids)[:, :-1],
         targets_BT=torch.from_numpy(targets)[:, 1:],
-        document_ids_BT=_document_ids([(len(sequence), parts) for sequence, parts in rows], size - 1),
+        document_ids_BT=torch.from_numpy(documents)[:, :-1],
         patch_lengths_BP=_patch_lengths(sequences, size) if with_patches else None,
     )
-
-
-def _document_ids(rows: Sequence[tuple[int, Parts]], length: int) -> Tensor:
-    """int32 [B,T]: documents and fragments counted in each row, from rows of so many ids."""
-    numbers: list[int] = []
-    sizes: list[int] = []
-    for num_ids, parts in rows:
-        edges = [0, *(place for place in parts.bos if place), min(num_ids, length)]
-        numbers += (*range(len(edges) - 1), -1)
-        sizes += (end - start for start, end in pairwise((*edges, length)))
-    return torch.from_numpy(np.repeat(np.asarray(numbers, np.int32), sizes).reshape(-1, length))
 
 
 def _patch_lengths(sequences: Sequence[PackedSequence], size: int) -> Tensor:
