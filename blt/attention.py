@@ -97,11 +97,11 @@ def causal_attention(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, spans: Caus
 
 
 def place_attention(q_NGK: Tensor, k_NCK: Tensor, v_NCK: Tensor, mask_N1C: Tensor | None) -> Tensor:
-    """Softmax attention of one position's G queries of each of N key heads over C keys, scaled as above: [N,G,K].
+    """Softmax attention of one position's G queries, already scaled, of each of N key heads over C keys: [N,G,K].
 
     The mask is added to the scores: -inf for a key that is not seen.
     """
-    q_NGK, k_NKC = q_NGK * q_NGK.shape[-1] ** -0.5, k_NCK.transpose(1, 2)
+    k_NKC = k_NCK.transpose(1, 2)
     scores = torch.bmm(q_NGK, k_NKC) if mask_N1C is None else torch.baddbmm(mask_N1C, q_NGK, k_NKC)
     p = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return torch.bmm(p.to(v_NCK.dtype), v_NCK)

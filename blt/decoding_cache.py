@@ -126,16 +126,23 @@ class StackCache:
         heads = self.config.num_kv_heads
         first = [row * heads * self._columns + self.counts[row] % self._columns for row in chosen]
         first_R, position_R = torch.tensor([first, [self.positions[row] for row in chosen]], device=self.device)
-        turn_R1C = self._rotations[position_R][:, None]
         for row in chosen:
             self.counts[row] += 1
             self.positions[row] += 1
         return CacheStep(
             pairs=self._pairs,
             written_at=(first_R[:, None] + self._head_places).flatten(),
-            rotations_R1HC=turn_R1C.expand(-1, self.config.heads + heads, -1)[:, None],
+            rotations_R1NC=self._turns_of_heads(self._rotations[position_R]),
             groups=self._groups(chosen),
         )
+
+    def _turns_of_heads(self, turns_RC: Tensor) -> Tensor:
+        """What the heads of a merged projection are multiplied with, complex [R,1,N,C]: queries are scaled too, and
+        values stay."""
+        turns_R1C, kv_heads = turns_RC[:, None], self.config.num_kv_heads
+        queries_R1C = turns_R1C * self.config.head_width**-0.5
+        parts = (queries_R1C.expand(-1, self.config.heads, -1), turns_R1C.expand(-1, kv_heads, -1))
+        return torch.cat((*parts, torch.ones_like(turns_R1C).expand(-1, kv_heads, -1)), 1)[:, None]
 
     def _groups(self, chosen: Sequence[int]) -> list["Group"]:
         """All rows at once, the places that a row has not filled masked; of some rows each for itself, uncopied."""
@@ -193,17 +200,15 @@ class CacheStep:
     pairs: Sequence[Tensor]
     written_at: Tensor
     """Index int64 [R*2*H] of the new keys and values in a buffer seen as [2*B*H*C,K]."""
-    rotations_R1HC: Tensor
-    """Of queries and keys."""
+    rotations_R1NC: Tensor
+    """What each head is multiplied with: rotations, of queries scaled ones, of values 1."""
     groups: Sequence[Group]
 
     def attend(self, layer: int, qkv_BTNK: Tensor, heads: int) -> Tensor:
-        pairs, turning = self.pairs[layer], self.rotations_R1HC.shape[2]  # queries and keys turn together
-        turned = rotate(qkv_BTNK[:, :, :turning], self.rotations_R1HC)
-        new = torch.cat((turned[:, 0, heads:], qkv_BTNK[:, 0, turning:]), 1)
-        pairs.view(-1, pairs.shape[-1]).index_copy_(0, self.written_at, new.flatten(0, 1))
+        pairs, turned_RNK = self.pairs[layer], rotate(qkv_BTNK, self.rotations_R1NC)[:, 0]
+        pairs.view(-1, pairs.shape[-1]).index_copy_(0, self.written_at, turned_RNK[:, heads:].flatten(0, 1))
         keys, values = pairs.unbind()
-        q_RHGK = turned[:, 0, :heads].unflatten(1, (keys.shape[1], -1))
+        q_RHGK = turned_RNK[:, :heads].unflatten(1, (keys.shape[1], -1))
         out = [
             place_attention(
                 q_RHGK[group.queries].flatten(0, 1),
