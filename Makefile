@@ -21,8 +21,8 @@ quickstart: $(INSTALLED)  ## from the shipped text to a trained BLT and a report
 test: $(INSTALLED)  ## run the fast tests, in two processes
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: $(INSTALLED)  ## run the slow tests, in two processes
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not gpu"
+test-slow: $(INSTALLED)  ## run the slow tests
+	@$(BIN)/python -m pytest -q -m "slow and not gpu"
 
 test-eval: $(INSTALLED)  ## install the extra `eval` (lm-evaluation-harness) and run its tests
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-eval.lock

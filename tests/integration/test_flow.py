@@ -3,8 +3,6 @@
 import contextlib
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
 import uuid
@@ -138,18 +136,6 @@ def test_foreign_entropy_models_are_refused(finished: dict[str, object], root: P
     assert "Traceback" not in completed.stderr
 
 
-@pytest.mark.slow
-def test_more_workers_than_cpus_are_refused(finished: dict[str, object], root: Path) -> None:
-    config, entropy_model = train_config(root), root / "run" / "entropy_model" / "model"
-    completed = blt_command(
-        *("train", "--config", str(config), f"entropy_model={entropy_model}"),
-        *(f"output={root / 'too-many'}", "workers=64"),
-    )
-    assert completed.returncode == 2
-    assert "workers 64" in completed.stderr
-    assert "Traceback" not in completed.stderr
-
-
 def test_a_broken_checkpoint_is_one_line(finished: dict[str, object], root: Path) -> None:
     source, broken = root / "run" / "model" / "model", root / "broken"
     subprocess.run(["cp", "-r", str(source), str(broken)], check=True)
@@ -167,41 +153,3 @@ def train_config(root: Path) -> Path:
     path = root / "train.yaml"
     path.write_text(yaml.safe_dump(settings | {"data": str(root / "run" / "patches")}), encoding="utf-8")
     return path
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("workers", "survival"), [(1, "sharded"), (2, "sharded"), (2, "replicated")])
-def test_a_killed_driver_goes_on_from_its_checkpoint(
-    finished: dict[str, object], root: Path, workers: int, survival: str
-) -> None:
-    """kill -9 after two checkpoints, the newest damaged; the same command finishes and each step stands once."""
-    output = root / f"killed-{workers}-{survival}"
-    command = [
-        *(sys.executable, "-m", "jobs", "train", "--config", str(train_config(root)), f"output={output}"),
-        *(f"entropy_model={root / 'run' / 'entropy_model' / 'model'}", f"workers={workers}"),
-        *(f"survival={survival}", "steps=300", "checkpoint_every=3", "log_every=1", "valid_every=300"),
-    ]
-    driver = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
-    while len(list(output.glob("checkpoints/*/step-*/complete.json"))) < 2:
-        with pytest.raises(subprocess.TimeoutExpired):  # it must not have ended
-            driver.wait(0.02)
-    children = psutil.Process(driver.pid).children(recursive=True)
-    for process in (psutil.Process(driver.pid), *children):
-        if process.is_running():
-            process.send_signal(signal.SIGKILL)
-    driver.wait()
-    psutil.wait_procs(children, timeout=30)
-    steps_before = [record["step"] for record in read_metrics(output)]
-    assert steps_before[-1] < 300
-    newest = max(output.glob("checkpoints/*/step-*/complete.json")).parent
-    next(newest.glob("model-*.safetensors")).unlink()
-    other = subprocess.run([*command, "optimizer.lr=0.1"], capture_output=True, text=True, timeout=300, check=False)
-    assert other.returncode == 2
-    assert "unfinished run of another configuration" in other.stderr
-    command[command.index(f"output={output}")] = f"output={os.path.relpath(output)}"
-    completed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert completed.returncode == 0, completed.stderr[-3000:]
-    assert "going on from a checkpoint" in completed.stderr
-    assert re.search(rf"cause=checkpoint detail=passed over: .*{newest.name}/model-.* is missing", completed.stderr)
-    steps = [record["step"] for record in read_metrics(output) if "train/loss" in record]
-    assert steps == list(range(1, 301))

@@ -11,7 +11,7 @@ from blt.errors import ConfigError
 from blt.optim import OptimizerConfig
 from jobs.bench.circumstances import BenchResult
 from jobs.bench.corpus import prose, write_corpus
-from jobs.bench.goodput import GOALS, Config, GoodputResult, Mode, Told, figures_of, run
+from jobs.bench.goodput import GOALS, Config, GoodputResult, Told, figures_of, run
 from jobs.bench.kills import WorkerProcess, kill_worker, worker_processes
 from jobs.bench.recovery import compare, recovery_seconds, steps_for
 from pipelines.manifest import read_manifest
@@ -172,8 +172,8 @@ def test_only_training_workers_are_killed() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.timeout(400)  # about a minute on two idle cores
-@pytest.mark.parametrize("mode", ["sharded", "replicated"])
-def test_a_run_with_kills_has_the_curve_of_one_without(mode: Mode) -> None:
+def test_a_run_with_kills_has_the_curve_of_one_without() -> None:
+    """What sharded workers do after a death is in tests/pipelines/train/test_survival.py."""
     train = TrainConfig(
         steps=1,
         global_batch=6,
@@ -186,7 +186,7 @@ def test_a_run_with_kills_has_the_curve_of_one_without(mode: Mode) -> None:
         valid_sequences=4,
     )
     config = Config(
-        survival=mode,
+        survival="replicated",
         every_seconds=2.0,
         undisturbed_seconds=10.0,
         max_kills=1,  # the next would come before the run has recovered
@@ -197,8 +197,8 @@ def test_a_run_with_kills_has_the_curve_of_one_without(mode: Mode) -> None:
     line = result.to_json()
     assert "\n" not in line
     figures = json.loads(line)
-    assert (figures["status"], figures["survival"], figures["same_curve"]) == ("done", mode, True)
-    assert figures["goals"] == GOALS[mode]
+    assert (figures["status"], figures["survival"], figures["same_curve"]) == ("done", "replicated", True)
+    assert figures["goals"] == GOALS["replicated"]
     assert (figures["kills"], figures["kills_ran_out"]) == (1, True)
     assert figures["interruptions"].get("failure", 0) >= 1
     assert figures["goodput"] == round(figures["undisturbed_seconds"] / figures["disturbed_seconds"], 4)
@@ -206,7 +206,6 @@ def test_a_run_with_kills_has_the_curve_of_one_without(mode: Mode) -> None:
     assert figures["steps_kept"] == round(figures["steps"] / figures["steps_attempted"], 4)
     assert len(figures["recovery_seconds"]["kills"]) == 1
     assert figures["configuration"]["train"]["steps"] == figures["steps"]
-    if mode == "replicated":
-        assert figures["steps_redone"] == 0
-        # No survivor waited for another that waited for the first.
-        assert figures["recovery_seconds"]["max"] < JOIN_TIMEOUT_MS / 2000
+    assert figures["steps_redone"] == 0
+    # No survivor waited for another that waited for the first.
+    assert figures["recovery_seconds"]["max"] < JOIN_TIMEOUT_MS / 2000

@@ -109,7 +109,7 @@ def test_the_number_of_actors_changes_nothing(model: str, tmp_path: Path) -> Non
     sources = tuple(SourceConfig(name=name, input=(path,)) for name, path in write_files(tmp_path).items())
     documents = open_corpus(TextConfig(sources=sources), str(tmp_path / "out"))
     assert len(documents.units()) == 2
-    config = dataclasses.replace(CONFIG, noise=("drop", "upper_case"), samples=20, sample_bytes=9, temperature=1.0)
+    config = dataclasses.replace(CONFIG, noise=("drop", "upper_case"), samples=8, sample_bytes=9, temperature=1.0)
     seen: list[int] = []
     alone = evaluate(dataclasses.replace(config, max_actors=1), model, documents, seen.append)
     together = evaluate(dataclasses.replace(config, max_actors=2), model, documents)
