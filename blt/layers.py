@@ -100,8 +100,12 @@ class Context:
         return self.attend_to(*split_heads(qkv_BTNK, heads))
 
     def attend_to(self, q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> Tensor:
-        """Attention output [B,T,H,K] of unrotated queries, keys and values; carried keys and values come first."""
-        queries, keys = rotate(q_BTHK, self.query_rotations), rotate(k_BSHK, self.key_rotations)
+        """Attention output [B,T,H,K] of unrotated queries, keys and values; carried keys and values come first.
+
+        Without gradients the queries are rotated where they are: keys may be carried on, as they were.
+        """
+        queries = (rotate if torch.is_grad_enabled() else rotate_)(q_BTHK, self.query_rotations)
+        keys = rotate(k_BSHK, self.key_rotations)
         values, repeats = v_BSHK, q_BTHK.shape[2] // k_BSHK.shape[2]
         if flex_fits(queries):
             out = flex_causal_attention(queries, keys, values, self.block_mask)
@@ -153,6 +157,14 @@ def rotate(x_BTHK: Tensor, rotations_BT1C: Tensor) -> Tensor:
     wide = x_BTHK.to(torch.promote_types(x_BTHK.dtype, torch.float32))
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotations_BT1C).flatten(-2).to(x_BTHK.dtype)
+
+
+def rotate_(x_BTHK: Tensor, rotations_BT1C: Tensor) -> Tensor:
+    """`rotate` in place where the dtype is wide enough: fresh pages for a long row cost more than the product."""
+    if torch.promote_types(x_BTHK.dtype, torch.float32) != x_BTHK.dtype:
+        return rotate(x_BTHK, rotations_BT1C)
+    torch.view_as_complex(x_BTHK.unflatten(-1, (-1, 2))).mul_(rotations_BT1C)
+    return x_BTHK
 
 
 class RMSNorm(nn.Module):

@@ -19,7 +19,15 @@ from blt.errors import ConfigError
 from blt.patching import PatchRule
 from jobs.bench.circumstances import BenchResult, circumstances, summary, working_directory
 from jobs.bench.corpus import prose, write_corpus
-from jobs.bench.feed_parts import Fed, Parts, first_batch_seconds, measure_parts, run_feed, text_targets
+from jobs.bench.feed_parts import (
+    Fed,
+    Parts,
+    assemble_alone,
+    first_batch_seconds,
+    measure_parts,
+    run_feed,
+    text_targets,
+)
 from jobs.ray_session import ray_session
 from pipelines.manifest import Manifest, read_manifest
 from pipelines.patch.dataset import patch_dataset
@@ -121,9 +129,10 @@ def _throughput(config: Config, fed: Fed, steps: int) -> dict[str, Any]:
     text_bytes = run_feed(fed, steps, text_targets).text_bytes  # also brings the files into the system's cache
     share = min(1.0, steps * fed.config.global_batch / fed.index.sequences)
     num_row_groups = max(1, round(share * len(fed.index.row_groups)))
-    runs, parts = [], []
+    runs, alone_runs, parts = [], [], []
     for repeat in range(config.repeats):
         runs.append(run_feed(fed, steps))
+        alone_runs.append(assemble_alone(fed, steps))
         parts.append(measure_parts(fed, num_row_groups))
         logger.info("bench repeat=%d bytes_per_cpu_second=%.0f", repeat, text_bytes / runs[-1].cpu_seconds)
     by_cpu = [text_bytes / run.cpu_seconds for run in runs]
@@ -132,6 +141,7 @@ def _throughput(config: Config, fed: Fed, steps: int) -> dict[str, Any]:
         "text_bytes": text_bytes,
         "feed_bytes_per_cpu_second": summary(by_cpu),
         "feed_bytes_per_second": summary([text_bytes / run.seconds for run in runs]),
+        "assembled_alone_bytes_per_cpu_second": summary([text_bytes / run.cpu_seconds for run in alone_runs]),
         "parquet_alone_bytes_per_cpu_second": summary(alone),
         "feed_to_parquet_alone": summary([whole / raw for whole, raw in zip(by_cpu, alone, strict=True)]),
         "parts_ns_per_byte": _parts(parts),
