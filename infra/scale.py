@@ -35,7 +35,7 @@ class Measured:
 
     shard_bytes_per_core_second: float = 102e6
     """`blt shard`: plain JSONL, documents of about 4 kB, CPU time of one process."""
-    feed_bytes_per_core_second: float = 77e6
+    feed_bytes_per_core_second: float = 83e6
     """`blt bench feed`, docs/performance.md."""
     stored_bytes_per_byte: float = 0.351
     """Of a patch dataset without entropies, docs/performance.md."""
