@@ -142,7 +142,7 @@ class _BlockedAttention(torch.autograd.Function):
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
 
 
-Index = tuple[int, slice, slice]
+_Index = tuple[int, slice, slice]
 """Row, heads and positions in a tensor [B,H,T,K]."""
 
 
@@ -150,10 +150,12 @@ Index = tuple[int, slice, slice]
 class _Part:
     """What is computed at once: a block of queries in some heads."""
 
-    block: Block
-    queries: Index
-    keys: Index
-    first_key_Q: Tensor
+    queries: _Index
+    keys: _Index
+    first_mask: Tensor
+    """Added to the scores of the block's first keys, which not all of its queries see."""
+    last_mask: Tensor
+    """Added to those of the last keys, which lie behind some of its queries."""
 
 
 def _parts(q_BHTK: Tensor, spans: CausalSpans) -> Iterator[_Part]:
@@ -162,14 +164,15 @@ def _parts(q_BHTK: Tensor, spans: CausalSpans) -> Iterator[_Part]:
         for block in blocks:
             queries = slice(block.first_query, block.end_query)
             keys = slice(block.first_key, block.end_query + spans.carried)
-            at_once = _heads_at_once(heads, block.end_query - block.first_query, keys.stop - keys.start)
+            num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
+            key = torch.arange(block.first_key, max(block.first_key, block.all_see), device=q_BHTK.device)
+            unseen = key < spans.first_key_BT[row, queries, None]
+            future = torch.ones(num_queries, num_queries - 1, dtype=torch.bool, device=q_BHTK.device).triu_()
+            masks = _minus_infinity(unseen, q_BHTK.dtype), _minus_infinity(future, q_BHTK.dtype)
+            at_once = min(heads, max(1, SCORES_AT_ONCE // (num_queries * num_keys)))
             for head in range(0, heads, at_once):
                 some = slice(head, min(head + at_once, heads))
-                yield _Part(block, (row, some, queries), (row, some, keys), spans.first_key_BT[row, queries])
-
-
-def _heads_at_once(heads: int, queries: int, keys: int) -> int:
-    return min(heads, max(1, SCORES_AT_ONCE // (queries * keys)))
+                yield _Part((row, some, queries), (row, some, keys), *masks)
 
 
 class _Scratch:
@@ -191,13 +194,9 @@ class _Scratch:
 
         Only where some queries see a key and others do not is anything masked: at both ends.
         """
-        block, scores = part.block, self.product(q_BHTK[part.queries], k_BHSK[part.keys])
-        queries = scores.shape[1]
-        if block.all_see > block.first_key:
-            key = torch.arange(block.first_key, block.all_see, device=scores.device)
-            scores[:, :, : len(key)] += _minus_infinity(key < part.first_key_Q[:, None], scores.dtype)
-        future = torch.ones(queries, queries - 1, dtype=torch.bool, device=scores.device).triu_()
-        scores[:, :, scores.shape[2] - queries + 1 :] += _minus_infinity(future, scores.dtype)
+        scores = self.product(q_BHTK[part.queries], k_BHSK[part.keys])
+        scores[:, :, : part.first_mask.shape[1]] += part.first_mask
+        scores[:, :, scores.shape[2] - part.last_mask.shape[1] :] += part.last_mask
         wide = torch.promote_types(scores.dtype, torch.float32)
         return torch.softmax(scores, -1, out=scores) if wide == scores.dtype else torch.softmax(scores, -1, dtype=wide)
 

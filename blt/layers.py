@@ -206,13 +206,15 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(config.ffn_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu and not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():  # it makes kernels of its own of plain operations, for any length
+            gated = _gated(self.w13(x))
+        elif torch.is_grad_enabled() or not x.is_cpu:
+            gated = _Gated.apply(self.w13(x))  # type: ignore[no-untyped-call]
+        else:
             # In pieces that stay in the caches: fresh pages for all of a long row cost a sixth of its time.
             pieces = x.flatten(0, -2).split(PIECE_POSITIONS)
             return torch.cat([self.w2(_gated(self.w13(piece))) for piece in pieces]).view_as(x)
-        merged = self.w13(x)
-        # A compiler makes kernels of its own of plain operations.
-        out: Tensor = self.w2(_gated(merged) if torch.compiler.is_compiling() else _Gated.apply(merged))  # type: ignore[no-untyped-call]
+        out: Tensor = self.w2(gated)
         return out
 
 
