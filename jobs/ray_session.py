@@ -74,13 +74,12 @@ def _token_by_default(address: str) -> Iterator[None]:
     if "RAY_AUTH_MODE" in os.environ or not host or is_loopback(host):
         yield
         return
-    with environment_defaults({"RAY_AUTH_MODE": "token"}):
-        Config.initialize("")  # Ray reads the mode when it is first imported, and then here
-        try:
+    try:
+        with environment_defaults({"RAY_AUTH_MODE": "token"}):
+            Config.initialize("")  # Ray reads the mode when it is first imported, and then here
             yield
-        finally:
-            del os.environ["RAY_AUTH_MODE"]
-            Config.initialize("")
+    finally:
+        Config.initialize("")
 
 
 @contextlib.contextmanager

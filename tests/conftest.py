@@ -3,6 +3,7 @@
 Markers are declared in pyproject.toml. Fixtures that only one part of the tree needs live in that part's conftest.py.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -30,15 +31,37 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
+SHARED_RAY = pytest.StashKey[contextlib.ExitStack]()
+
+
 @pytest.fixture(scope="session")
 def ray_local(request: pytest.FixtureRequest) -> Iterator[None]:
     """An embedded Ray of 4 CPUs, shared by all tests marked `ray` of a session."""
-    from jobs.ray_session import ray_session
-
     if any("s3" in item.fixturenames for item in request.session.items if isinstance(item, pytest.Function)):
         request.getfixturevalue("s3")  # first, because Ray's workers keep the environment of their start
-    with ray_session(num_cpus=4):
+    with contextlib.ExitStack() as shared:
+        request.config.stash[SHARED_RAY] = shared
+        _begin_ray(shared)
         yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Begin the shared Ray again after a test with raylets of its own, which ends the one that its process is on."""
+    shared = item.config.stash.get(SHARED_RAY, None)
+    if shared is None or "ray_local" not in getattr(item, "fixturenames", ()):
+        return
+    import ray
+
+    if not ray.is_initialized():
+        shared.close()
+        _begin_ray(shared)
+
+
+def _begin_ray(shared: contextlib.ExitStack) -> None:
+    from jobs.ray_session import ray_session
+
+    shared.enter_context(ray_session(num_cpus=4))
 
 
 @pytest.fixture(scope="session")

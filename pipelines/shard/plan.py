@@ -158,7 +158,7 @@ def make_units(file: InputFile, rank: int, group_bytes: int) -> list[Unit]:
 
 def _settings(config: ShardConfig) -> dict[str, Setting]:
     """What decides the bytes, in plain values: those of the sources under sources.NAME.KEY, however they were given."""
-    names = {f.name for f in dataclasses.fields(ShardConfig)} - {"sources", "source", "stall_seconds", *NOT_IN_FILES}
+    names = {f.name for f in dataclasses.fields(ShardConfig)} - {"sources", "source", *NOT_IN_OUTPUT, *NOT_IN_FILES}
     of_sources = {f.name for f in dataclasses.fields(SourceConfig)} - {"name", *NOT_IN_FILES}
     settings = {name: getattr(config, name) for name in sorted(names - of_sources)}
     for source in config.all_sources:

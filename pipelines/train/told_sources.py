@@ -3,6 +3,7 @@
 A model outlives the dataset and the run that made it, so what its card says of them goes with it.
 """
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -26,16 +27,14 @@ class ToldSource:
 
 def training_sources(manifest: Manifest, chosen: Collection[str] | None) -> list[ToldSource]:
     """The sources of the training split by name; of those `chosen`, unless that is None."""
-    shards = [shard for shard in manifest.split("train") if shard.documents]
+    documents, num_bytes = Counter[str](), Counter[str]()
+    for shard in manifest.split("train"):
+        if shard.documents and (chosen is None or shard.source in chosen):
+            documents[shard.source] += shard.documents
+            num_bytes[shard.source] += shard.bytes
     return [
-        ToldSource(
-            name=name,
-            documents=sum(shard.documents for shard in shards if shard.source == name),
-            bytes=sum(shard.bytes for shard in shards if shard.source == name),
-            license=manifest.licenses.get(name),
-        )
-        for name in sorted({shard.source for shard in shards})
-        if chosen is None or name in chosen
+        ToldSource(name=name, documents=documents[name], bytes=num_bytes[name], license=manifest.licenses.get(name))
+        for name in sorted(documents)
     ]
 
 
