@@ -1,6 +1,6 @@
 """Keys and values of the positions read before: what a stack of blocks needs to go on where it stopped.
 
-`CarriedContext` reads a chunk of one row after the chunks before it; `StackCache` then reads one position of several
+`CarriedContext` reads a chunk of rows after the chunks before it; `StackCache` then reads one position of several
 rows at a time, each row at a place of its own. Both are a `Memory`: the blocks are those of a forward pass.
 Shapes: B rows of the cache, R rows of a step, T positions of a chunk, H heads, G query heads of a key head, K head
 width, N heads of queries, keys and values together, C columns (places) of a row, P positions.
@@ -16,7 +16,7 @@ from blt.attention import place_attention
 from blt.layers import Context, TransformerConfig, context, rotate, rotations, split_heads
 
 KeyValue = tuple[Tensor, Tensor]
-"""Unrotated keys and values [1,C,H,K] of the last C positions of a row."""
+"""Unrotated keys and values [B,C,H,K] of the last C positions of rows."""
 
 FIRST_COLUMNS = 64
 """Places that a row of a cache without a window begins with; they double when they are full."""
@@ -24,7 +24,7 @@ FIRST_COLUMNS = 64
 
 @dataclass(frozen=True)
 class CarriedContext:
-    """A context of one row that sees `carry`, one pair per layer, and puts the pairs of all positions into `pairs`."""
+    """A context that sees `carry`, one pair per layer, and puts the pairs of all positions into `pairs`."""
 
     shared: Context
     carry: Sequence[KeyValue]
@@ -39,10 +39,10 @@ class CarriedContext:
 
 
 class RowReader:
-    """Contexts of the consecutive chunks of one row; keeps what the chunks to come may see."""
+    """Contexts of the consecutive chunks of rows of the same length; keeps what the chunks to come may see."""
 
-    def __init__(self, config: TransformerConfig) -> None:
-        self.config = config
+    def __init__(self, config: TransformerConfig, num_rows: int = 1) -> None:
+        self.config, self.num_rows = config, num_rows
         self.position = 0
         """Rotary position of the next chunk's first place."""
         self.pairs: list[KeyValue] = []
@@ -52,11 +52,16 @@ class RowReader:
         """The context of the next `length` positions; `close` follows when all layers have read them."""
         self._drop_unseen()
         carried = self.pairs[0][0].shape[1] if self.pairs else 0
-        positions = torch.arange(self.position, self.position + length, device=device)[None]
+        positions = torch.arange(self.position, self.position + length, device=device).expand(self.num_rows, -1)
         shared = context(self.config, torch.zeros_like(positions), positions, carried)
         carry, self.pairs = self.pairs, []
         self.position += length
         return CarriedContext(shared, carry, self.pairs)
+
+    def keep(self, num_rows: int) -> None:
+        """Only the first rows go on."""
+        self.num_rows = num_rows
+        self.pairs = [(k[:num_rows], v[:num_rows]) for k, v in self.pairs]
 
     def _drop_unseen(self) -> None:
         if self.config.window is not None:

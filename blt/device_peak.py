@@ -52,8 +52,10 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return gemm_peak_flops(device, dtype)
 
 
-def gemm_peak_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.1) -> float:
-    """FLOP/s of the fastest of the square products of `size` that fit into `seconds`, and of at least three."""
+def gemm_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:
+    """FLOP/s of the fastest of the square products that fit into `seconds`, and of at least three. Their size fills the
+    device: 1024, or 8192 on CUDA."""
+    size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     best, begun, rounds = float("inf"), time.perf_counter(), 0

@@ -7,10 +7,12 @@ Source: arXiv 2412.09871. Shapes: B rows, T positions, V vocabulary, D width, n 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from blt.attention import documents_from_eos
 from blt.decoding_cache import RowReader
@@ -21,6 +23,10 @@ from blt.vocabulary import BOS, EOS, VOCABULARY_SIZE, encode
 STREAM_BYTES = 8192
 """Rotary positions of a document start again at each multiple of this (after the carried window), so that they stay
 small enough for float32 angles and are a function of the place in the document alone."""
+
+ROWS_AT_ONCE = 8
+"""Rows that a GPU reads together: starting the kernels for one takes longer than they run. A CPU reads one, which stays
+in its caches."""
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 """Logits [T,V] and the ids [T] that come next in, one value, or a row of them, for each position [T, ...] out."""
@@ -95,19 +101,23 @@ def next_byte_entropy(logits: Tensor) -> Tensor:
 
 
 class ContextStream:
-    """One context read piece by piece, each piece after the keys and values of the window before it."""
+    """Contexts read piece by piece side by side, each piece after the keys and values of the window before it."""
 
-    def __init__(self, model: EntropyModel) -> None:
+    def __init__(self, model: EntropyModel, num_contexts: int = 1) -> None:
         self.model = model
         self.position = 0
-        """Ids read so far."""
-        self.reader = RowReader(model.config.transformer)
+        """Ids of each context read so far."""
+        self.reader = RowReader(model.config.transformer, num_contexts)
 
-    def feed(self, ids_T: Tensor) -> Tensor:
-        """Logits [T,V] at the ids (on the model's device) that follow those fed before."""
+    def feed(self, ids_BT: Tensor) -> Tensor:
+        """Logits [B,T,V] at the ids (on the model's device) that follow those fed before."""
         room = STREAM_BYTES - self.position % STREAM_BYTES
-        pieces = [ids_T[:room], *ids_T[room:].split(STREAM_BYTES)]
-        return torch.cat([self._step(piece_T[None]) for piece_T in pieces if len(piece_T)])
+        pieces = [ids_BT[:, :room], *ids_BT[:, room:].split(STREAM_BYTES, 1)]
+        return torch.cat([self._step(piece_BT) for piece_BT in pieces if piece_BT.numel()], 1)
+
+    def keep(self, num_contexts: int) -> None:
+        """Only the first contexts go on."""
+        self.reader.keep(num_contexts)
 
     def _step(self, ids_BT: Tensor) -> Tensor:
         """Logits of a piece that crosses no multiple of STREAM_BYTES."""
@@ -115,7 +125,7 @@ class ContextStream:
             self.reader.position = self.model.config.window - 1
         memory = self.reader.chunk(ids_BT.shape[1], ids_BT.device)
         self.position += ids_BT.shape[1]
-        return self.model.logits(ids_BT, memory)[0]
+        return self.model.logits(ids_BT, memory)
 
 
 def starts_again(position: int) -> bool:
@@ -169,19 +179,42 @@ def _measured(
     """What `measure` makes of the logits at BOS and at each byte of each document: [n + 1, ...] on the CPU."""
     if row_bytes < 1:
         raise ValueError(f"row_bytes must be at least 1, got {row_bytes}")
-    row_bytes = min(row_bytes, STREAM_BYTES)
-    runs = [run for document in documents for run in _contexts(document, reset_on_newline)]
-    lengths = [len(document) + 1 for document in documents]
-    values, filled = torch.empty(0), 0
-    for row in _rows(runs, row_bytes):
-        for part in _stream(model, row[0], row_bytes, measure) if len(row) == 1 else [_packed(model, row, measure)]:
-            if not filled:
-                # Filled in place: small parts that are kept between the logits of one chunk and those of the next
-                # fragment the heap; a document of 3 MB took 3 GB.
-                values = part.new_empty((sum(lengths), *part.shape[1:]))
-            values[filled : filled + len(part)] = part
-            filled += len(part)
-    return list(values.split(lengths))
+    row_bytes, device = min(row_bytes, STREAM_BYTES), model.output.weight.device
+    runs, num_ids = list[Run](), 0
+    for document in documents:
+        for pairs_2T in _contexts(document, reset_on_newline):
+            runs.append(Run(num_ids, pairs_2T))
+            num_ids += pairs_2T.shape[1]
+    rows, streams = _rows(runs, row_bytes)
+    at_once = _rows_at_once(device)
+    values = torch.empty(0)
+    for begin, found in chain(
+        *(_packed(model, rows[i : i + at_once], measure) for i in range(0, len(rows), at_once)),
+        *(_streamed(model, streams[i : i + at_once], row_bytes, measure) for i in range(0, len(streams), at_once)),
+    ):
+        if not len(values):
+            # Filled in place: small parts that are kept between the logits of one chunk and those of the next
+            # fragment the heap; a document of 3 MB took 3 GB. On the device, which need not be waited for then.
+            values = found.new_empty((num_ids, *found.shape[1:]))
+        values[begin : begin + len(found)] = found
+    return list(values.cpu().split([len(document) + 1 for document in documents]))
+
+
+def _rows_at_once(device: torch.device) -> int:
+    return ROWS_AT_ONCE if device.type == "cuda" else 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the model reads as one context."""
+
+    begin: int
+    """Its first value's place among those of all documents."""
+    pairs_2T: Tensor
+    """Ids, and the ids that come next."""
+
+    def __len__(self) -> int:
+        return self.pairs_2T.shape[1]
 
 
 def _contexts(document: bytes, reset_on_newline: bool) -> Iterator[Tensor]:
@@ -196,33 +229,54 @@ def _contexts(document: bytes, reset_on_newline: bool) -> Iterator[Tensor]:
     yield from pairs.tensor_split(newlines, dim=1)
 
 
-def _rows(runs: Sequence[Tensor], row_bytes: int) -> Iterator[list[Tensor]]:
-    """Consecutive runs that fit one row together; a run longer than a row comes alone."""
-    row: list[Tensor] = []
-    used = 0
+def _rows(runs: Sequence[Run], row_bytes: int) -> tuple[list[list[Run]], list[Run]]:
+    """Rows of consecutive runs that fit one together; and the runs that are longer than a row, the longest first."""
+    rows, streams, used = list[list[Run]](), list[Run](), row_bytes
     for run in runs:
-        if row and used + run.shape[1] > row_bytes:
-            yield row
-            row, used = [], 0
-        row.append(run)
-        used += run.shape[1]
-    if row:
-        yield row
+        if len(run) > row_bytes:
+            streams.append(run)
+            used = row_bytes  # what follows it opens a row
+        elif used + len(run) > row_bytes:
+            rows.append([run])
+            used = len(run)
+        else:
+            rows[-1].append(run)
+            used += len(run)
+    return rows, sorted(streams, key=len, reverse=True)
 
 
-def _packed(model: EntropyModel, row: Sequence[Tensor], measure: Measure) -> Tensor:
-    """Values [sum of lengths] of several runs in one row."""
-    device = model.output.weight.device
-    lengths = torch.tensor([run.shape[1] for run in row])
-    document_ids = torch.arange(len(row)).repeat_interleave(lengths)
-    ids, next_ids = torch.cat(list(row), dim=1).to(device)
-    logits = model(ids[None], document_ids.to(device)[None])
-    return measure(logits[0], next_ids).cpu()
+def _packed(model: EntropyModel, rows: Sequence[Sequence[Run]], measure: Measure) -> Iterator[tuple[int, Tensor]]:
+    """Where the values of each row begin, and they: [n, ...]."""
+    lengths = [torch.tensor([len(run) for run in row]) for row in rows]
+    documents = [torch.arange(len(row)).repeat_interleave(of) for row, of in zip(rows, lengths, strict=True)]
+    document_ids_RT = pad_sequence(documents, batch_first=True, padding_value=-1)
+    pieces = [torch.cat([run.pairs_2T for run in row], 1) for row in rows]
+    values_RT = _values(pieces, lambda ids_RT: model(ids_RT, document_ids_RT.to(ids_RT.device)), model, measure)
+    for row, piece, values_T in zip(rows, pieces, values_RT, strict=True):
+        yield row[0].begin, values_T[: piece.shape[1]]
 
 
-def _stream(model: EntropyModel, run: Tensor, row_bytes: int, measure: Measure) -> Iterator[Tensor]:
-    """Values [n] of one run, in chunks of at most row_bytes."""
-    stream = ContextStream(model)
-    for chunk in run.split(row_bytes, dim=1):
-        ids, next_ids = chunk.to(model.output.weight.device)
-        yield measure(stream.feed(ids), next_ids).cpu()
+def _streamed(
+    model: EntropyModel, runs: Sequence[Run], row_bytes: int, measure: Measure
+) -> Iterator[tuple[int, Tensor]]:
+    """Where the values of each chunk of each run begin, and they: [n, ...]. The longest run comes first."""
+    stream, going = ContextStream(model, len(runs)), list(runs)
+    for first in range(0, len(runs[0]), row_bytes):
+        going = [run for run in going if len(run) > first]
+        stream.keep(len(going))
+        pieces = [run.pairs_2T[:, first : first + row_bytes] for run in going]
+        # A piece that others outlast is the last of its run: nothing reads what the padding after it leaves behind.
+        values_RT = _values(pieces, stream.feed, model, measure)
+        for run, piece, values_T in zip(going, pieces, values_RT, strict=True):
+            yield run.begin + first, values_T[: piece.shape[1]]
+
+
+def _values(
+    pieces: Sequence[Tensor], logits_of: Callable[[Tensor], Tensor], model: EntropyModel, measure: Measure
+) -> Tensor:
+    """Values [R,T,...] of ids and next ids [2,T], padded to the longest."""
+    pairs_RT2 = pad_sequence([pairs_2T.t() for pairs_2T in pieces], batch_first=True)
+    ids_RT, next_ids_RT = pairs_RT2.to(model.output.weight.device, non_blocking=True).unbind(-1)
+    logits_RTV = logits_of(ids_RT)
+    values_N: Tensor = measure(logits_RTV.flatten(0, 1), next_ids_RT.flatten())
+    return values_N.unflatten(0, ids_RT.shape)

@@ -41,7 +41,7 @@ class OnlineEntropies:
         for run_T in ids_T.tensor_split(opens):
             if len(run_T):
                 context = ContextStream(self.model)
-                parts.append(next_byte_entropy(context.feed(run_T.to(self._cache.device))).cpu())
+                parts.append(next_byte_entropy(context.feed(run_T.to(self._cache.device)[None])[0]).cpu())
         self._cache.load(document, context.reader)
         self._read[document] = context.position
         return torch.cat(parts)

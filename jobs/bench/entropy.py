@@ -16,6 +16,7 @@ from blt.entropy_model import EntropyModel, EntropyModelConfig, document_entropi
 from blt.errors import ConfigError
 from blt.flops import entropy_flops_per_byte
 from blt.patching import PatchRule
+from blt.recomputation import compile_blocks
 from blt.vocabulary import encode
 from jobs.bench.circumstances import BenchResult, circumstances
 from jobs.bench.corpus import prose
@@ -39,6 +40,10 @@ class Config:
     """Text in all, or a little more."""
     row_bytes: int = 8192
     """Bytes of a row, in which several documents may stand."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and results; entropies are float32."""
+    compile: bool = False
+    """torch.compile each transformer block."""
     threads: int = 2
     """Compute threads."""
     repeats: int = 3
@@ -62,16 +67,19 @@ def run(config: Config) -> BenchResult:
     """Measure, in turns."""
     torch.set_num_threads(config.threads)
     device = torch.device(config.device)
-    lm = drawn(small_blt(), config.model, PatchRule(), config.seed)
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    lm = drawn(small_blt(), config.model, PatchRule(), config.seed, config.device)
     assert lm.entropy_model is not None
-    model, documents = lm.entropy_model.to(device), _documents(config)
+    model, documents = lm.entropy_model.to(dtype), _documents(config)
+    if config.compile:
+        compile_blocks(model, device)
     subjects: dict[str, Callable[[], object]] = {
         "ours": lambda: document_entropies(model, documents, row_bytes=config.row_bytes)
     }
     if config.against is not None:
-        patcher = transformers_model(lm).model.patcher.to(device)
+        patcher = transformers_model(lm).model.patcher.to(device, dtype)
         subjects[config.against] = lambda: _theirs(patcher, documents, device)
-    turns = take_turns(subjects, config.repeats, device, torch.float32)
+    turns = take_turns(subjects, config.repeats, device, dtype)
     num_bytes = sum(map(len, documents))
     flops = sum(len(text) * entropy_flops_per_byte(config.model, len(text), "done") for text in documents) / num_bytes
     figures: dict[str, Any] = {

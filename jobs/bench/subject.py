@@ -53,10 +53,13 @@ def small_entropy_model() -> EntropyModelConfig:
     return EntropyModelConfig(transformer=TransformerConfig(width=256, layers=6, heads=4))
 
 
-def drawn(model: BLTConfig, entropy_model: EntropyModelConfig, rule: PatchRule, seed: int) -> LanguageModel:
-    """A language model with initial weights."""
+def drawn(
+    model: BLTConfig, entropy_model: EntropyModelConfig, rule: PatchRule, seed: int, device: str = "cpu"
+) -> LanguageModel:
+    """A language model with initial weights, drawn on its device: billions of them take minutes on a CPU."""
     torch.manual_seed(seed)
-    entropies, blt = EntropyModel(entropy_model).eval(), BLT(model).eval()
+    with torch.device(device):
+        entropies, blt = EntropyModel(entropy_model).eval(), BLT(model).eval()
     return LanguageModel(
         model=blt,
         entropy_model=entropies,

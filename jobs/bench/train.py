@@ -75,9 +75,9 @@ def run(config: Config) -> BenchResult:
     """Measure every shape, in turns."""
     torch.set_num_threads(config.threads)
     device = torch.device(config.device)
-    lm = drawn(config.model, small_entropy_model(), PatchRule(), config.seed)
+    lm = drawn(config.model, small_entropy_model(), PatchRule(), config.seed, config.device)
     peer = transformers_model(lm).to(device) if config.against is not None else None
-    model = lm.model.train().to(device)
+    model = lm.model.train()
     prepare_blocks(model, config.activation_checkpointing, config.compile)
     measured = {f"{shape.bytes}x{shape.rows}": _measure(config, shape, model, peer) for shape in config.shapes}
     about = circumstances(config, config.device)

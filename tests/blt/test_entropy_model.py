@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blt import layers
+from blt import entropy_model, layers
 from blt.entropy_model import (
     STREAM_BYTES,
     ContextStream,
@@ -84,13 +84,26 @@ def test_entropy_against_float64_and_in_bfloat16() -> None:
 DOCUMENTS = st.lists(st.one_of(st.binary(max_size=3), st.binary(min_size=15, max_size=90)), max_size=7)
 
 
-@settings(max_examples=40)
-@given(DOCUMENTS, st.sampled_from([1, 2, 13, 64, 129, 8192, 100_000]), st.booleans())
-def test_independent_of_company_and_chunking(documents: list[bytes], row_bytes: int, wide: bool) -> None:
+@settings(max_examples=60)
+@given(DOCUMENTS, st.sampled_from([1, 2, 13, 64, 129, 8192, 100_000]), st.booleans(), st.sampled_from([1, 3]))
+def test_independent_of_company_and_chunking(
+    documents: list[bytes], row_bytes: int, wide: bool, rows_at_once: int
+) -> None:
+    """One row after the other as on CPU, and several at once as on CUDA."""
     model = model_of(dtype=torch.float64 if wide else torch.float32)
     expected = [alone(model, with_bos(document)) for document in documents]
-    found = document_entropies(model, documents, row_bytes=row_bytes)
+    with patch.object(entropy_model, "_rows_at_once", return_value=rows_at_once):
+        found = document_entropies(model, documents, row_bytes=row_bytes)
     assert_entropies(found, expected, FLOAT64 if wide else PROMISED)
+
+
+def test_long_documents_side_by_side() -> None:
+    """Of different lengths, across a multiple of 8192, in chunks: each as by itself."""
+    model = model_of(window=20, dtype=torch.float64)
+    documents = [random_document(n, seed=n) for n in (STREAM_BYTES + 300, 50, 1500, STREAM_BYTES + 40, 700)]
+    expected = [document_entropies(model, [document])[0] for document in documents]
+    with patch.object(entropy_model, "_rows_at_once", return_value=3):
+        assert_entropies(document_entropies(model, documents, row_bytes=600), expected, FLOAT64)
 
 
 @pytest.mark.parametrize("row_bytes", [100, 127, 300, 1000])
@@ -156,7 +169,7 @@ def test_context_stream_equals_one_pass(piece_bytes: int) -> None:
     context = with_bos(random_document(STREAM_BYTES + 50 if piece_bytes >= 100 else 200))
     stream = ContextStream(model)
     with torch.no_grad():
-        logits = torch.cat([stream.feed(piece) for piece in context.split(piece_bytes)])
+        logits = torch.cat([stream.feed(piece[None])[0] for piece in context.split(piece_bytes)])
     assert stream.position == len(context)
     torch.testing.assert_close(next_byte_entropy(logits), alone(model, context), rtol=0, atol=PROMISED)
 
