@@ -75,17 +75,20 @@ class StackCache:
     With a window of W the buffers are rings of W places: a position takes the place of the one that left the window.
     """
 
-    def __init__(self, config: TransformerConfig, num_rows: int, like: Tensor) -> None:
-        self.config, self.device, self.dtype = config, like.device, like.dtype
+    def __init__(
+        self, config: TransformerConfig, num_rows: int, like: Tensor, first_columns: int = FIRST_COLUMNS, spare: int = 0
+    ) -> None:
+        """`spare`: places behind those of each row, for whoever reads the buffers whole."""
+        self.config, self.device, self.dtype, self._spare = config, like.device, like.dtype, spare
         self.counts = [0] * num_rows
         """Positions that each row has read; the place of the next is this, modulo the ring."""
         self.positions = [0] * num_rows
         """Rotary position of each row's next place."""
-        self._columns = config.window or FIRST_COLUMNS
+        self._columns = config.window or first_columns
         self._pairs = self._buffers(num_rows)
         """Of each layer, keys and values [2,B,H,C,K]."""
         self._head_places = self._places_of_heads()
-        self._rotations = self._table(FIRST_COLUMNS)
+        self._rotations = self._table(first_columns)
 
     def load(self, row: int, reader: RowReader) -> None:
         """Take over a row that was read in chunks."""
@@ -129,7 +132,8 @@ class StackCache:
         chosen = range(len(self.counts)) if rows is None else rows
         self._reserve()
         heads = self.config.num_kv_heads
-        first = [row * heads * self._columns + self.counts[row] % self._columns for row in chosen]
+        stride = self._columns + self._spare
+        first = [row * heads * stride + self.counts[row] % self._columns for row in chosen]
         first_R, position_R = torch.tensor([first, [self.positions[row] for row in chosen]], device=self.device)
         for row in chosen:
             self.counts[row] += 1
@@ -170,18 +174,19 @@ class StackCache:
             self._columns = 2 * max(self.counts)
             self._pairs = self._buffers(len(self.counts))
             for old, new in zip(before, self._pairs, strict=True):
-                new[:, :, :, :held] = old
+                new[:, :, :, :held] = old[:, :, :, :held]
             self._head_places = self._places_of_heads()
 
     def _buffers(self, num_rows: int) -> list[Tensor]:
         """Zeros [2,B,H,C,K] for each layer: what is masked must be finite."""
-        shape = (2, num_rows, self.config.num_kv_heads, self._columns, self.config.head_width)
+        shape = (2, num_rows, self.config.num_kv_heads, self._columns + self._spare, self.config.head_width)
         return [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in range(self.config.layers)]
 
     def _places_of_heads(self) -> Tensor:
         """First place of row 0's keys, head by head, then of its values, in a buffer seen as [2*B*H*C,K]."""
-        heads = torch.arange(self.config.num_kv_heads, device=self.device) * self._columns
-        return torch.cat((heads, heads + len(self.counts) * len(heads) * self._columns))
+        stride = self._columns + self._spare
+        heads = torch.arange(self.config.num_kv_heads, device=self.device) * stride
+        return torch.cat((heads, heads + len(self.counts) * len(heads) * stride))
 
     def _table(self, num_positions: int) -> Tensor:
         return rotations(torch.arange(num_positions, device=self.device)[None], self.config)[0, :, 0]

@@ -278,5 +278,5 @@ def _values(
     pairs_RT2 = pad_sequence([pairs_2T.t() for pairs_2T in pieces], batch_first=True)
     ids_RT, next_ids_RT = pairs_RT2.to(model.output.weight.device, non_blocking=True).unbind(-1)
     logits_RTV = logits_of(ids_RT)
-    values_N: Tensor = measure(logits_RTV.flatten(0, 1), next_ids_RT.flatten())
-    return values_N.unflatten(0, ids_RT.shape)
+    values_RT: Tensor = measure(logits_RTV.flatten(0, 1), next_ids_RT.flatten()).unflatten(0, ids_RT.shape)
+    return values_RT

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from blt.checkpoint import LanguageModel
 from blt.errors import ConfigError
-from blt.online_blt import OnlineBLT
 from blt.online_patches import OnlinePatches
+from blt.recorded_steps import online_blt
 from blt.sampling import Sampling, next_ids
 from blt.vocabulary import BOS, BYTE_OFFSET, EOS, encode
 
@@ -118,7 +118,7 @@ class Decoder:
     def __init__(self, lm: LanguageModel, num_documents: int) -> None:
         with torch.inference_mode():
             self._patches = OnlinePatches(lm.patch_rule, lm.entropy_model, lm.reset_on_newline, num_documents)
-            self._model = OnlineBLT(lm.model, num_documents)
+            self._model = online_blt(lm.model, num_documents)
         self.starts: list[bool] = []
         """Whether the byte to come of each document starts a patch."""
 

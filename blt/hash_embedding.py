@@ -155,7 +155,11 @@ class HashWindows:
     def step(self, ids_B: Tensor) -> Tensor:
         """Embeddings [B, D] of one more id of each document."""
         self._ids_BL = torch.cat((self._ids_BL[:, 1:], ids_B[:, None]), 1)
-        return self.embedding.summed(self.embedding.window_rows(self._ids_BL, self._weights_LG))
+        return self.read(self._ids_BL)
+
+    def read(self, ids_BL: Tensor) -> Tensor:
+        """Embeddings [B, D] of the last id of each window."""
+        return self.embedding.summed(self.embedding.window_rows(ids_BL, self._weights_LG))
 
     def keep(self, documents: Sequence[int]) -> None:
         """Only these documents go on, in this order."""

@@ -25,13 +25,13 @@ CHUNK_BYTES = 4096
 class OnlineBLT:
     """What a model has to remember of documents."""
 
-    def __init__(self, model: BLT, num_documents: int) -> None:
+    def __init__(self, model: BLT, num_documents: int, cache_type: type[StackCache] = StackCache) -> None:
         self.model, self._steps, config = model, blt_for_steps(model), model.config
         like = model.local_decoder.output.weight
         self.device = like.device
-        self._encoder = StackCache(config.local_encoder, num_documents, like)
-        self._latent = StackCache(config.latent, num_documents, like)
-        self._decoder = StackCache(config.local_decoder, num_documents, like)
+        self._encoder = cache_type(config.local_encoder, num_documents, like)
+        self._latent = cache_type(config.latent, num_documents, like)
+        self._decoder = cache_type(config.local_decoder, num_documents, like)
         hashes = model.local_encoder.hash_embedding
         self._hashes = None if hashes is None else HashWindows(hashes, num_documents)
         self._open: list[list[Tensor]] = [[] for _ in range(num_documents)]

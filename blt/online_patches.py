@@ -1,8 +1,7 @@
 """The patches of documents that are still being written: bytes in as they come, patch starts out.
 
-The same rule and the same entropies as for whole documents: `OnlineEntropies` reads each byte once, in the context
-that `document_entropies` gives it (BOS first, a new context at newlines where the patches were made so, positions
-and the carried window of long documents), and `OnlinePatches` applies the rule to the end of each document.
+The same rule and the same entropies (`blt.online_entropies`) as for whole documents; the rule is applied to the end of
+each document.
 Shapes: B documents, T ids, n bytes of a document. Entropies are nats, float32, on the CPU.
 """
 
@@ -12,56 +11,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from blt.decoding_cache import StackCache
-from blt.entropy_model import ContextStream, EntropyModel, next_byte_entropy, starts_again
+from blt.entropy_model import EntropyModel
 from blt.errors import ConfigError
+from blt.online_entropies import OnlineEntropies
 from blt.patching import PatchRule, document_patch_starts, patch_starts
-from blt.step_blocks import entropy_model_for_steps
+from blt.recorded_steps import online_entropies
 from blt.vocabulary import BOS, encode
-
-NEWLINE = int(encode(b"\n"))
 
 DECIDING_IDS = 4
 """Ids at the end of a row that decide whether the next byte starts a patch: no rule reads more than two, and the
 first three of a row are special cases of some rules, which must not be met again further on."""
-
-
-class OnlineEntropies:
-    """Next-byte entropies of growing documents; equal to those of `document_entropies` to 1e-4 nats in float32."""
-
-    def __init__(self, model: EntropyModel, reset_on_newline: bool, num_documents: int) -> None:
-        self.model, self._steps, self.reset_on_newline = model, entropy_model_for_steps(model), reset_on_newline
-        self._cache = StackCache(model.config.transformer, num_documents, model.output.weight)
-        self._read = [0] * num_documents
-
-    def open(self, document: int, ids_T: Tensor) -> Tensor:
-        """Entropies [T] made at the first ids (int64, at least one) of a document."""
-        opens = torch.nonzero(ids_T == NEWLINE).flatten().tolist() if self.reset_on_newline else []
-        parts = []
-        for run_T in ids_T.tensor_split(opens):
-            if len(run_T):
-                context = ContextStream(self.model)
-                parts.append(next_byte_entropy(context.feed(run_T.to(self._cache.device)[None])[0]).cpu())
-        self._cache.load(document, context.reader)
-        self._read[document] = context.position
-        return torch.cat(parts)
-
-    def step(self, ids: Sequence[int]) -> Tensor:
-        """Entropies [B] made at the next id of each document."""
-        for document, byte_id in enumerate(ids):
-            if self.reset_on_newline and byte_id == NEWLINE:
-                self._cache.clear(document)
-                self._read[document] = 0
-            elif starts_again(self._read[document]):
-                self._cache.rebase(document, self.model.config.window - 1)
-            self._read[document] += 1
-        ids_BT = torch.tensor(ids, device=self._cache.device)[:, None]
-        return next_byte_entropy(self._steps.logits(ids_BT, self._cache.step())[:, 0]).cpu()
-
-    def keep(self, documents: Sequence[int]) -> None:
-        """Only these documents go on, in this order."""
-        self._cache.keep(documents)
-        self._read = [self._read[document] for document in documents]
 
 
 class OnlinePatches:
@@ -87,7 +46,7 @@ class OnlinePatches:
         self._uncut = replace(rule, max_patch_length=None)
         self._entropies: OnlineEntropies | None = None
         if rule.needs_entropies and entropy_model is not None:
-            self._entropies = OnlineEntropies(entropy_model, reset_on_newline, num_documents)
+            self._entropies = online_entropies(entropy_model, reset_on_newline, num_documents)
         self._ends: list[list[tuple[int, float]]] = [[] for _ in range(num_documents)]
         """The last DECIDING_IDS ids of each document, BOS included, each with the entropy made at it."""
         self._num_bytes = [0] * num_documents

@@ -10,7 +10,8 @@ from blt.checkpoint import LanguageModel
 from blt.entropy_model import STREAM_BYTES, EntropyModel, document_entropies
 from blt.errors import ConfigError
 from blt.generation import Decoder, continuations, generate, stream
-from blt.online_patches import OnlineEntropies, OnlinePatches
+from blt.online_entropies import OnlineEntropies
+from blt.online_patches import OnlinePatches
 from blt.patching import (
     ENTROPY_STEPS_PER_NAT,
     PatchRule,
@@ -18,6 +19,7 @@ from blt.patching import (
     quantize_entropies,
     stored_entropies,
 )
+from blt.recorded_steps import RecordedEntropies
 from blt.sampling import Sampling, next_ids
 from blt.vocabulary import BOE, BOS, BPE_DELIMITER, BYTE_OFFSET, EOS, VOCABULARY_SIZE, encode
 
@@ -41,24 +43,33 @@ def in_a_gap(entropies: torch.Tensor, rule: PatchRule) -> PatchRule:
     return replace(rule, threshold=float((values[middle] + values[middle + 1]) / 2))
 
 
+ONLINE = [OnlineEntropies, RecordedEntropies]
+
+
+@pytest.mark.parametrize("online_type", ONLINE)
 @pytest.mark.parametrize("reset", [False, True])
-def test_streamed_entropies_are_those_of_the_document(small_entropy_model: EntropyModel, reset: bool) -> None:
+def test_streamed_entropies_are_those_of_the_document(
+    small_entropy_model: EntropyModel, reset: bool, online_type: type[OnlineEntropies]
+) -> None:
     document = TEXT * 3
     (expected,) = document_entropies(small_entropy_model, [document], reset_on_newline=reset)
-    online, ids = OnlineEntropies(small_entropy_model, reset, 1), [BOS, *encode(document).tolist()]
+    online, ids = online_type(small_entropy_model, reset, 1), [BOS, *encode(document).tolist()]
     with torch.inference_mode():
         pieces = [online.open(0, torch.tensor(ids[:50]))] + [online.step([byte_id]) for byte_id in ids[50:]]
     # The tolerance that documents' entropies are promised to.
     assert torch.allclose(torch.cat(pieces), expected, rtol=0, atol=1e-4)
 
 
-def test_streamed_entropies_of_a_long_document(small_entropy_model: EntropyModel) -> None:
+@pytest.mark.parametrize("online_type", ONLINE)
+def test_streamed_entropies_of_a_long_document(
+    small_entropy_model: EntropyModel, online_type: type[OnlineEntropies]
+) -> None:
     document = (TEXT * (STREAM_BYTES // len(TEXT) * 2 + 2))[: 2 * STREAM_BYTES + 100]
     (expected,) = document_entropies(small_entropy_model, [document])
     ids = torch.cat((torch.tensor([BOS]), encode(document)))
     # Two documents at once: one opened before its positions start again, one exactly there the second time.
     lengths = (STREAM_BYTES - 5, 2 * STREAM_BYTES)
-    online = OnlineEntropies(small_entropy_model, False, 2)
+    online = online_type(small_entropy_model, False, 2)
     with torch.inference_mode():
         found = [[online.open(row, ids[:length])] for row, length in enumerate(lengths)]
         for i in range(40):

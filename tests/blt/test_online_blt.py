@@ -15,6 +15,7 @@ from blt.generation import Decoder, generate, stream
 from blt.model import BLT, BLTConfig
 from blt.online_blt import OnlineBLT
 from blt.patching import PatchRule, starts_to_lengths
+from blt.recorded_steps import RecordedBLT
 from blt.vocabulary import BOS, BYTE_OFFSET, EOS, VOCABULARY_SIZE
 from tests.model_cases import blt_config, randomised, transformer_config
 
@@ -53,22 +54,29 @@ def documents_with_starts(seed: int, num_documents: int, length: int, rate: floa
     return ids, starts
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(
     config=configs(),
     seed=st.integers(0, 1000),
     opened=st.lists(st.sampled_from([1, 2, 6, 7, 8, 9, 20]), min_size=1, max_size=3),
     rate=st.sampled_from([0.0, 0.3, 1.0]),
     chunk_bytes=st.sampled_from([1, 5, 4096]),
+    online_type=st.sampled_from([OnlineBLT, RecordedBLT]),
 )
 def test_logits_are_those_of_a_forward(
-    config: BLTConfig, seed: int, opened: list[int], rate: float, chunk_bytes: int
+    config: BLTConfig, seed: int, opened: list[int], rate: float, chunk_bytes: int, online_type: type[OnlineBLT]
 ) -> None:
+    """`RecordedBLT` unrecorded, with room for so little that it grows."""
     model, num_steps = randomised(BLT(config), seed), 14
     ids, starts = documents_with_starts(seed, len(opened), max(opened) + num_steps, rate)
-    with torch.inference_mode(), patch("blt.online_blt.CHUNK_BYTES", chunk_bytes):
+    with (
+        torch.inference_mode(),
+        patch("blt.online_blt.CHUNK_BYTES", chunk_bytes),
+        patch("blt.recorded_steps.FIRST_COLUMNS", 4),
+        patch("blt.recorded_steps.FIRST_PATCH_BYTES", 3),
+    ):
         expected = model(ids, starts_to_lengths(starts))
-        online = OnlineBLT(model, len(opened))
+        online = online_type(model, len(opened))
         for row, length in enumerate(opened):
             found = online.open(row, ids[row, :length], starts[row, : length + 1])
             assert torch.allclose(found, expected[row, length - 1], rtol=FLOAT32, atol=FLOAT32), f"prompt of {length}"
@@ -125,14 +133,17 @@ def test_unequal_prompts_are_their_single_runs() -> None:
     assert ties < len(prompts) // 2, f"{ties} of {len(prompts)} runs have a step whose two best logits are equal"
 
 
-@pytest.mark.parametrize("length", [STREAM_BYTES - 3, 2 * STREAM_BYTES + 70])
-def test_long_prompts(length: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "online_type"),
+    [(STREAM_BYTES - 3, OnlineBLT), (2 * STREAM_BYTES + 70, OnlineBLT), (2 * STREAM_BYTES + 70, RecordedBLT)],
+)
+def test_long_prompts(length: int, online_type: type[OnlineBLT]) -> None:
     """Chunks, rotary tables and the latent cache grow; entropies' positions start again while bytes are read."""
     model = randomised(BLT(blt_config()), 3)
     ids, starts = documents_with_starts(7, 1, length + 20, 0.25)
     with torch.inference_mode():
         expected = model(ids, starts_to_lengths(starts))[0]
-        online = OnlineBLT(model, 1)
+        online = online_type(model, 1)
         found = [online.open(0, ids[0, :length], starts[0, : length + 1])]
         for place in range(length, length + 20):
             found.append(online.step([int(ids[0, place])], [bool(starts[0, place + 1])])[0])
