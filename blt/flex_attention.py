@@ -1,11 +1,12 @@
 """Causal self-attention by torch's FlexAttention: compiled on CUDA; in eager mode on CPU, where only tests use it.
 
-In: q [B,T,H,K], k and v [B,S,G,K] (S = carried keys + T, H a multiple of G) and the block mask of a `CausalSpans`. Out:
-[B,T,H,K]; the softmax is in float32 or wider. The eager form builds all scores, so what cannot be compiled takes the
-banded path of `blt.attention`.
+In: q [B,T,H,K], k and v [B,S,G,K] (S = carried keys + T, H a multiple of G), rotations of queries and keys, and the
+block mask of a `CausalSpans`. Out: [B,T,H,K]; the softmax is in float32 or wider. Rotation is compiled with attention:
+by itself it moves five times as many bytes through a GPU's memory. The eager form builds all scores, so what cannot be
+compiled takes the banded path of `blt.attention`.
 
-It has never run on a GPU. On CPU the mask, and the operator in eager mode, equal the banded path and dense attention,
-forward and gradients; `pytest -m gpu` holds the compiled kernels to the same.
+On CPU the mask, and the operator in eager mode, equal the banded path and dense attention, forward and gradients;
+`pytest -m gpu` holds the compiled kernels to the same.
 
 Shapes: B rows, T queries, S keys, H query heads, G key heads, K head width, N blocks of queries, M blocks of keys.
 """
@@ -36,6 +37,9 @@ RECOMPILE_LIMIT: Final = 64
 """Variants in a process. The shapes of heads, dtypes, gradients or none, and sizes of 1 each make one; torch's default
 of 8 is too few for a BLT that is trained and evaluated beside its entropy model."""
 
+Turns = tuple[Tensor, Tensor]
+"""`real_turns` of queries and of keys."""
+
 Kind = tuple[torch.dtype, int, int, int, bool]
 """What a kernel is compiled for: dtype, H, G, K, and whether for gradients too."""
 
@@ -53,13 +57,15 @@ def flex_fits(q_BTHK: Tensor) -> bool:
     return q_BTHK.is_cuda and q_BTHK.dtype in DTYPES and wide_enough and q_BTHK.numel() > 0
 
 
-def flex_causal_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: BlockMask) -> Tensor | None:
-    """Softmax attention of every query over its span of keys, scaled by head width ** -0.5: [B,T,H,K].
+def flex_causal_attention(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, turns: Turns, mask: BlockMask
+) -> Tensor | None:
+    """Softmax attention of every rotated query over its span of rotated keys, scaled by head width ** -0.5: [B,T,H,K].
 
     None on CUDA where it could not be compiled.
     """
-    attention = compiled_attention if q_BTHK.is_cuda else eager_attention
-    return attention(q_BTHK, k_BSGK, v_BSGK, mask)
+    attention = compiled_attention if q_BTHK.is_cuda else rotated_attention
+    return attention(q_BTHK, k_BSGK, v_BSGK, turns, mask)
 
 
 def block_mask(spans: CausalSpans) -> BlockMask:
@@ -109,6 +115,29 @@ def visibility(spans: CausalSpans) -> Callable[[Tensor, Tensor, Tensor, Tensor],
     return sees
 
 
+def rotated_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, turns: Turns, mask: BlockMask) -> Tensor:
+    """Rotation and attention as they stand."""
+    query_turns, key_turns = turns
+    return eager_attention(_rotated(q_BTHK, query_turns), _rotated(k_BSGK, key_turns), v_BSGK, mask)
+
+
+def real_turns(rotations_BT1C: Tensor) -> Tensor:
+    """Complex rotations of pairs as what each number, and its partner, is multiplied with: [2,B,T,1,K].
+
+    The compiler makes one kernel of a rotation in real numbers; it has none of complex ones.
+    """
+    cos, sin = rotations_BT1C.real, rotations_BT1C.imag
+    return torch.stack((torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1))).flatten(-2)
+
+
+def _rotated(x_BTHK: Tensor, turns: Tensor) -> Tensor:
+    """`blt.layers.rotate` in real numbers."""
+    wide = x_BTHK.to(torch.promote_types(x_BTHK.dtype, torch.float32))
+    partners = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    turned: Tensor = wide * turns[0] + partners * turns[1]
+    return turned.to(x_BTHK.dtype)
+
+
 def eager_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: BlockMask) -> Tensor:
     """Attention by the operator as it stands, which compiles where torch.compile reads it."""
     out = flex_attention(
@@ -122,8 +151,8 @@ def eager_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: BlockM
     return out.transpose(1, 2)
 
 
-def compiled_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: BlockMask) -> Tensor | None:
-    """Attention by a compiled kernel. None, with a warning once for each kind of input, where there is none."""
+def compiled_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, turns: Turns, mask: BlockMask) -> Tensor | None:
+    """Rotation and attention by compiled kernels. None, with a warning once for each kind of input, without them."""
     # Only where it is needed: importing the compiler takes half a second.
     from torch._dynamo.exc import FailOnRecompileLimitHit, ShortenTraceback, Unsupported
 
@@ -132,7 +161,7 @@ def compiled_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Blo
     if kind in _refused:
         return None
     try:
-        return _compiled()(q_BTHK, k_BSGK, v_BSGK, mask)
+        return _compiled()(q_BTHK, k_BSGK, v_BSGK, *turns, mask)
     except (ShortenTraceback, Unsupported, FailOnRecompileLimitHit, NotCompiledError) as error:  # what compiling raises
         logger.warning("FlexAttention cannot be compiled for %s, going on in bands", kind, exc_info=error)
         _refused.add(kind)
@@ -140,9 +169,9 @@ def compiled_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Blo
 
 
 @functools.cache
-def _compiled() -> Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]:
+def _compiled() -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, BlockMask], Tensor]:
     """Sizes are left open, so that rows of other lengths need no other kernel."""
-    compiled: Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor] = torch.compile(
+    compiled: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, BlockMask], Tensor] = torch.compile(
         _traced_attention,
         backend=_both_passes,
         dynamic=True,
@@ -162,10 +191,12 @@ def _both_passes(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callabl
         return lookup_backend("inductor")(graph, examples)
 
 
-def _traced_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: BlockMask) -> Tensor:
+def _traced_attention(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, query_turns: Tensor, key_turns: Tensor, mask: BlockMask
+) -> Tensor:
     if not torch.compiler.is_dynamo_compiling():
         raise NotCompiledError("torch.compile is switched off here")  # by an environment variable, a mode, a stance
-    return eager_attention(q_BTHK, k_BSGK, v_BSGK, mask)
+    return eager_attention(_rotated(q_BTHK, query_turns), _rotated(k_BSGK, key_turns), v_BSGK, mask)
 
 
 def _per_head(values: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from blt.attention import CausalSpans, causal_attention, causal_spans
 from blt.errors import ConfigError
-from blt.flex_attention import block_mask, flex_causal_attention, flex_fits
+from blt.flex_attention import Turns, block_mask, flex_causal_attention, flex_fits, real_turns
 
 PIECE_POSITIONS = 1024
 """Positions that a feed-forward layer reads at once where nothing is kept for a backward pass, on the CPU."""
@@ -104,16 +104,23 @@ class Context:
 
         Without gradients the queries are rotated where they are: keys may be carried on, as they were.
         """
+        if flex_fits(q_BTHK):
+            out = flex_causal_attention(q_BTHK, k_BSHK, v_BSHK, self.real_turns, self.block_mask)
+            if out is not None:
+                return out
         queries = (rotate if torch.is_grad_enabled() else rotate_)(q_BTHK, self.query_rotations)
         keys = rotate(k_BSHK, self.key_rotations)
         values, repeats = v_BSHK, q_BTHK.shape[2] // k_BSHK.shape[2]
-        if flex_fits(queries):
-            out = flex_causal_attention(queries, keys, values, self.block_mask)
-            if out is not None:
-                return out
         if repeats != 1:
             keys, values = keys.repeat_interleave(repeats, 2), values.repeat_interleave(repeats, 2)
         return causal_attention(queries, keys, values, self.spans)
+
+    @cached_property
+    def real_turns(self) -> Turns:
+        """The rotations as FlexAttention takes them."""
+        same = self.key_rotations is self.query_rotations
+        queries = real_turns(self.query_rotations)
+        return queries, queries if same else real_turns(self.key_rotations)
 
     @cached_property
     def block_mask(self) -> BlockMask:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from blt import layers
-from blt.flex_attention import eager_attention
+from blt.flex_attention import Turns, rotated_attention
 
 
 @contextmanager
@@ -26,9 +26,9 @@ def flex_forced() -> Iterator[list[BlockMask]]:
     """Self-attention through FlexAttention in eager mode wherever a model asks; the masks of the calls, in order."""
     masks: list[BlockMask] = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, turns: Turns, mask: BlockMask) -> Tensor:
         masks.append(mask)
-        return eager_attention(q, k, v, mask)
+        return rotated_attention(q, k, v, turns, mask)
 
     with ExitStack() as stack:
         stack.enter_context(gradients_on_cpu())

@@ -18,7 +18,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from blt import flex_attention
 from blt.attention import CausalSpans, causal_attention, causal_spans
 from blt.entropy_model import EntropyModel, EntropyModelConfig, document_entropies
-from blt.flex_attention import block_mask, eager_attention, flex_fits, visibility
+from blt.flex_attention import Turns, block_mask, eager_attention, flex_fits, real_turns, rotated_attention, visibility
+from blt.layers import TransformerConfig, rotate, rotations
 from blt.loss import summed_cross_entropy
 from blt.model import BLT
 from blt.recomputation import Recomputation, recompute_blocks
@@ -55,6 +56,21 @@ def inputs(rows: int, length: int, carried: int, kv_heads: int, dtype: torch.dty
 def banded(q: Tensor, k: Tensor, v: Tensor, spans: CausalSpans) -> Tensor:
     repeats = q.shape[2] // k.shape[2]
     return causal_attention(q, k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2), spans)
+
+
+def rotations_of(length: int, carried: int, head_width: int = HEAD_WIDTH) -> Tensor:
+    """Of the keys of one run of positions, which all rows share; the last `length` are those of the queries."""
+    return rotations(torch.arange(carried + length)[None], TransformerConfig(width=head_width, layers=1, heads=1))
+
+
+def turns_of(length: int, carried: int, head_width: int = HEAD_WIDTH) -> Turns:
+    keys = rotations_of(length, carried, head_width)
+    return real_turns(keys[:, carried:]), real_turns(keys)
+
+
+def rotated_bands(q: Tensor, k: Tensor, v: Tensor, spans: CausalSpans) -> Tensor:
+    keys = rotations_of(q.shape[1], spans.carried, q.shape[-1])
+    return banded(rotate(q, keys[:, spans.carried :]), rotate(k, keys), v, spans)
 
 
 def assert_same(
@@ -104,6 +120,19 @@ def test_equals_dense_attention(window: int | None, carried: int, kv_heads: int,
             lambda q, k, v: eager_attention(q, k, v, mask),
             lambda q, k, v: dense(q, k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2), seen),
             inputs(len(document_ids), 150, carried, kv_heads, dtype),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("carried", [0, 37])
+def test_rotation_in_real_numbers_equals_that_in_complex_ones(carried: int, dtype: torch.dtype) -> None:
+    spans, turns = causal_spans(documents_of(150), 50, carried), turns_of(150, carried)
+    mask = block_mask(spans)
+    with gradients_on_cpu():
+        assert_same(
+            lambda q, k, v: rotated_attention(q, k, v, turns, mask),
+            lambda q, k, v: rotated_bands(q, k, v, spans),
+            inputs(3, 150, carried, 2, dtype),
         )
 
 

@@ -1,5 +1,5 @@
 """What CUDA compiles for FlexAttention, held to the banded path on CPU; whole models, entropies and FSDP2 steps held to
-theirs on CPU. Needs a GPU, and has not met one yet: `pytest -m gpu tests/blt/test_flex_attention_cuda.py`.
+theirs on CPU: `pytest -m gpu tests/blt/test_flex_attention_cuda.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from blt import flex_attention
 from blt.attention import causal_spans
 from blt.entropy_model import EntropyModel, EntropyModelConfig, document_entropies
-from blt.flex_attention import block_mask, compiled_attention, flex_fits
+from blt.flex_attention import Turns, block_mask, compiled_attention, flex_fits
 from blt.layers import context
 from blt.loss import summed_cross_entropy
 from blt.model import BLT
@@ -21,7 +21,7 @@ from blt.optim import OptimizerConfig, build_optimizer
 from blt.recomputation import Recomputation, prepare_blocks
 from blt.sharding import ShardedGradients, load_full, sharded
 from blt.step import train_step
-from tests.blt.test_flex_attention import BATCH, banded, documents_of
+from tests.blt.test_flex_attention import BATCH, documents_of, rotated_bands, turns_of
 from tests.blt.test_step import rows_of
 from tests.gloo import run_ranks
 from tests.model_cases import blt_config, randomised, transformer_config
@@ -44,6 +44,10 @@ def none_refused() -> Iterator[None]:
     assert not flex_attention._refused
 
 
+def on_device(turns: Turns) -> Turns:
+    return turns[0].to(DEVICE), turns[1].to(DEVICE)
+
+
 def assert_kernel_is_right(
     document_ids: Tensor, window: int | None, carried: int, heads: tuple[int, int], width: int, dtype: torch.dtype
 ) -> None:
@@ -53,10 +57,11 @@ def assert_kernel_is_right(
     sizes = ((rows, length, heads[0]), *((rows, length + carried, heads[1]),) * 2)
     drawn = [torch.randn(*size, width, generator=generator).to(dtype) for size in sizes]
     expected_qkv = [x.float().requires_grad_() for x in drawn]
-    expected = banded(*expected_qkv, causal_spans(document_ids, window, carried))
+    expected = rotated_bands(*expected_qkv, causal_spans(document_ids, window, carried))
     qkv = [x.to(DEVICE).requires_grad_() for x in drawn]
     assert flex_fits(qkv[0])
-    found = compiled_attention(*qkv, block_mask(causal_spans(document_ids.to(DEVICE), window, carried)))
+    mask = block_mask(causal_spans(document_ids.to(DEVICE), window, carried))
+    found = compiled_attention(*qkv, on_device(turns_of(length, carried, width)), mask)
     assert found is not None
     assert found.dtype == dtype
     exact = dtype == torch.float32
@@ -106,7 +111,7 @@ def test_a_long_row_needs_no_scores_of_all_pairs() -> None:
     qkv = tuple(torch.randn(1, length, 4, 64, device=DEVICE, dtype=torch.bfloat16).requires_grad_() for _ in "qkv")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    found = compiled_attention(*qkv, block_mask(spans))
+    found = compiled_attention(*qkv, on_device(turns_of(length, 0, 64)), block_mask(spans))
     assert found is not None
     found.sum().backward()
     assert torch.cuda.max_memory_allocated() - before < 1e9

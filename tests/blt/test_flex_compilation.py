@@ -19,12 +19,13 @@ from tests.blt.test_flex_attention import (
     HEAD_WIDTH,
     HEADS,
     assert_same_outcome,
-    banded,
     documents_of,
     inputs,
     outcome,
+    rotated_bands,
     small_blt,
     small_entropy_model,
+    turns_of,
 )
 from tests.flex_forced import flex_forced, gradients_on_cpu
 
@@ -56,9 +57,9 @@ def compiled_case(rows: int, length: int, kv_heads: int = 2, carried: int = 0, w
     """Whether a batch is compiled; if so, it is right."""
     spans = causal_spans(documents_of(length)[:1].expand(rows, -1), window, carried)
     qkv = inputs(rows, length, carried, kv_heads, torch.float32)
-    found = compiled_attention(*qkv, block_mask(spans))
+    found = compiled_attention(*qkv, turns_of(length, carried), block_mask(spans))
     if found is not None:
-        torch.testing.assert_close(found, banded(*qkv, spans), rtol=0, atol=FORWARD[torch.float32])
+        torch.testing.assert_close(found, rotated_bands(*qkv, spans), rtol=0, atol=FORWARD[torch.float32])
     return found is not None
 
 
