@@ -1,6 +1,6 @@
 """Steps recorded as CUDA graphs, held to those on CPU: `pytest -m gpu tests/blt/test_recorded_steps_cuda.py`.
 
-In float64, so that only the order of sums differs.
+In float64, so that only the order of sums differs, and the last digit of rotary angles, which are float32.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from tests.blt.test_online_blt import documents_with_starts, language_model
 from tests.model_cases import blt_config
 
 DEVICE = "cuda"
-CLOSE = 1e-9
+CLOSE = 1e-6
 
 pytestmark = [
     pytest.mark.gpu,
