@@ -165,9 +165,9 @@ class StackCache:
             mask = mask.repeat_interleave(self.config.num_kv_heads, 0)[:, None]
         return [Group(slice(None), slice(None), columns, mask)]
 
-    def _reserve(self) -> None:
-        """Room for one more position in every row, in the rotations and, without a window, in the buffers."""
-        if max(self.positions) >= len(self._rotations):
+    def _reserve(self, more: int = 1) -> None:
+        """Room for more positions in every row, in the rotations and, without a window, for one in the buffers."""
+        if max(self.positions) + more > len(self._rotations):
             self._rotations = self._table(2 * max(self.positions))
         if self.config.window is None and max(self.counts) >= self._columns:
             before, held = self._pairs, self._columns

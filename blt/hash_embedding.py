@@ -145,17 +145,17 @@ class HashWindows:
     def __init__(self, embedding: HashEmbedding, num_documents: int) -> None:
         self.embedding, device = embedding, embedding.table.device
         self._weights_LG = embedding.window_weights(device)
-        self._ids_BL = torch.zeros(num_documents, len(self._weights_LG), dtype=torch.int64, device=device)
+        self.ids_BL = torch.zeros(num_documents, len(self._weights_LG), dtype=torch.int64, device=device)
 
     def load(self, document: int, ids_T: Tensor) -> None:
         """Begin a document with these ids."""
-        length = self._ids_BL.shape[1]
-        self._ids_BL[document] = F.pad(ids_T[-length:], (length - min(length, len(ids_T)), 0))
+        length = self.ids_BL.shape[1]
+        self.ids_BL[document] = F.pad(ids_T[-length:], (length - min(length, len(ids_T)), 0))
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Embeddings [B, D] of one more id of each document."""
-        self._ids_BL = torch.cat((self._ids_BL[:, 1:], ids_B[:, None]), 1)
-        return self.read(self._ids_BL)
+        self.ids_BL = torch.cat((self.ids_BL[:, 1:], ids_B[:, None]), 1)
+        return self.read(self.ids_BL)
 
     def read(self, ids_BL: Tensor) -> Tensor:
         """Embeddings [B, D] of the last id of each window."""
@@ -163,4 +163,4 @@ class HashWindows:
 
     def keep(self, documents: Sequence[int]) -> None:
         """Only these documents go on, in this order."""
-        self._ids_BL = self._ids_BL[torch.tensor(documents, device=self._ids_BL.device)]
+        self.ids_BL = self.ids_BL[torch.tensor(documents, device=self.ids_BL.device)]

@@ -61,19 +61,11 @@ class OnlineBLT:
 
     def step(self, ids: Sequence[int], starts: Sequence[bool]) -> Tensor:
         """Logits [B,V] after one more byte (its id) of each document; starts: whether the next opens a patch."""
-        encoder, decoder = self._steps.local_encoder, self._steps.local_decoder
-        ids_B = torch.tensor(ids, device=self.device)
-        h_BD = encoder.byte_embedding(ids_B)
-        if self._hashes is not None:
-            h_BD = h_BD + self._hashes.step(ids_B)
-        states = encoder.byte_states(h_BD[:, None], self._encoder.step())
-        for pieces, piece in zip(self._open, torch.stack(states, 2).unbind(), strict=True):
-            pieces.append(piece)
+        state_B1D = self._read(ids)
         ended = [document for document, start in enumerate(starts) if start]
         if ended:
             self._end_patches(ended)
-        h_BTD = decoder.byte_states(states[-1], self._readings.__getitem__, self._decoder.step())
-        return decoder.logits(h_BTD)[:, 0]
+        return self._decode(state_B1D)
 
     def keep(self, documents: Sequence[int]) -> None:
         """Only these documents go on, in this order."""
@@ -83,6 +75,23 @@ class OnlineBLT:
         self._open = [self._open[document] for document in documents]
         index = torch.tensor(documents, device=self.device)
         self._readings = [readings[index] for readings in self._readings]
+
+    def _read(self, ids: Sequence[int]) -> Tensor:
+        """Encoder states [B,1,D] of one more byte of each document."""
+        encoder, ids_B = self._steps.local_encoder, torch.tensor(ids, device=self.device)
+        h_BD = encoder.byte_embedding(ids_B)
+        if self._hashes is not None:
+            h_BD = h_BD + self._hashes.step(ids_B)
+        states = encoder.byte_states(h_BD[:, None], self._encoder.step())
+        for pieces, piece in zip(self._open, torch.stack(states, 2).unbind(), strict=True):
+            pieces.append(piece)
+        return states[-1]
+
+    def _decode(self, state_B1D: Tensor) -> Tensor:
+        """Logits [B,V] after the byte that was read last, given its encoder state."""
+        decoder = self._steps.local_decoder
+        h_BTD = decoder.byte_states(state_B1D, self._readings.__getitem__, self._decoder.step())
+        return decoder.logits(h_BTD)[:, 0]
 
     def _end_patches(self, documents: Sequence[int]) -> None:
         """Read the patches that these documents are in with the latent transformer, and begin new ones."""

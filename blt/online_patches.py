@@ -5,7 +5,7 @@ each document.
 Shapes: B documents, T ids, n bytes of a document. Entropies are nats, float32, on the CPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -30,7 +30,12 @@ class OnlinePatches:
     """
 
     def __init__(
-        self, rule: PatchRule, entropy_model: EntropyModel | None, reset_on_newline: bool, num_documents: int = 1
+        self,
+        rule: PatchRule,
+        entropy_model: EntropyModel | None,
+        reset_on_newline: bool,
+        num_documents: int = 1,
+        entropies_of: Callable[[EntropyModel, bool, int], OnlineEntropies] = online_entropies,
     ) -> None:
         if rule.kind == "top_k":
             raise ConfigError(
@@ -46,7 +51,7 @@ class OnlinePatches:
         self._uncut = replace(rule, max_patch_length=None)
         self._entropies: OnlineEntropies | None = None
         if rule.needs_entropies and entropy_model is not None:
-            self._entropies = online_entropies(entropy_model, reset_on_newline, num_documents)
+            self._entropies = entropies_of(entropy_model, reset_on_newline, num_documents)
         self._ends: list[list[tuple[int, float]]] = [[] for _ in range(num_documents)]
         """The last DECIDING_IDS ids of each document, BOS included, each with the entropy made at it."""
         self._num_bytes = [0] * num_documents
@@ -68,7 +73,10 @@ class OnlinePatches:
 
     def step(self, ids: Sequence[int]) -> list[bool]:
         """Whether, after one more byte (its id) in each document, the byte to come starts a patch."""
-        nats = [0.0] * len(ids) if self._entropies is None else self._entropies.step(ids).tolist()
+        return self.advance(ids, [0.0] * len(ids) if self._entropies is None else self._entropies.step(ids).tolist())
+
+    def advance(self, ids: Sequence[int], nats: Sequence[float]) -> list[bool]:
+        """The same where the entropies made at these bytes are known."""
         for document, end in enumerate(zip(ids, nats, strict=True)):
             self._ends[document] = [*self._ends[document][1 - DECIDING_IDS :], end]
             self._num_bytes[document] += 1

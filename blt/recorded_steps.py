@@ -159,12 +159,12 @@ class RecordedBLT(OnlineBLT):
         return [sum(places, first) for first, *places in zip(numbers, *parts, strict=True)]
 
     def _read_bytes(self) -> Tensor:
-        return self._read(ends=False)
+        return self._logits(ends=False)
 
     def _read_and_end_patches(self) -> Tensor:
-        return self._read(ends=True)
+        return self._logits(ends=True)
 
-    def _read(self, ends: bool) -> Tensor:
+    def _logits(self, ends: bool) -> Tensor:
         """Logits [B,V] after the next byte of each row."""
         width = FixedCache.NUMBERS
         window_BL, place_B1, size_B1, *places = self._recorder.numbers.split([self._reach, 1, 1, *(width,) * 3], 1)
