@@ -19,6 +19,7 @@ from blt.attention import place_attention
 from blt.checkpoint import LanguageModel
 from blt.decoding_cache import StackCache
 from blt.entropy_model import EntropyModel, next_byte_entropy, starts_again
+from blt.errors import ConfigError
 from blt.layers import TransformerConfig, rotate
 from blt.model import BLT
 from blt.online_blt import OnlineBLT
@@ -32,9 +33,11 @@ LONGEST_DRAFT = 8
 
 
 class SpeculativeDecoder:
-    """A `Decoder` of one document that reads ahead, for rules that read entropies."""
+    """A `Decoder` of one document that reads ahead. ConfigError for a rule that reads no entropies."""
 
     def __init__(self, lm: LanguageModel) -> None:
+        if not lm.patch_rule.needs_entropies:
+            raise ConfigError(f"patch rule: kind {lm.patch_rule.kind} reads no entropies, so nothing is gained ahead")
         with torch.inference_mode():
             self._patches = OnlinePatches(lm.patch_rule, lm.entropy_model, lm.reset_on_newline, 1, self._entropies_of)
             self._model = DraftingBLT(lm.model)

@@ -13,12 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from blt.checkpoint import LanguageModel
+from blt.checkpoint import LanguageModel, load
 from blt.entropy_model import EntropyModelConfig, document_entropies
 from blt.errors import ConfigError
 from blt.generation import Decoder
 from blt.model import BLTConfig
 from blt.patching import PatchRule, patch_lengths
+from blt.speculation import SpeculativeDecoder
 from blt.vocabulary import BOS, BYTE_OFFSET, encode
 from jobs.bench.circumstances import BenchResult, circumstances, summary
 from jobs.bench.corpus import prose
@@ -56,6 +57,9 @@ class Config:
     """Bytes that the peer generates."""
     against_context: int = 1024
     """Longest prompt that the peer is given."""
+    trained: str | None = None
+    """Directory of a trained model, measured instead of drawn weights: how often a patch ends where the decoder expects
+    it decides what self-speculation gains."""
     seed: int = 0
     """Of weights and text."""
 
@@ -85,7 +89,7 @@ class Written:
 def run(config: Config) -> BenchResult:
     """Measure every context, then the batch."""
     torch.set_num_threads(config.threads)
-    lm = _language_model(config)
+    lm = _language_model(config) if config.trained is None else load(config.trained, device=config.device)
     peer = None if config.against is None else transformers_model(lm)
     contexts = {str(length): _context(config, lm, peer, length) for length in config.contexts}
     rates = {length: figures["bytes_per_second"]["median"] for length, figures in contexts.items()}
@@ -114,10 +118,12 @@ def _language_model(config: Config) -> LanguageModel:
 def _context(config: Config, lm: LanguageModel, peer: Any, length: int) -> dict[str, Any]:
     (prompt,) = prose(config.seed, 1, length)
     write(lm, [prompt], 2)
-    runs, theirs, forwards = [], [], []
+    runs, ahead, theirs, forwards = [], [], [], []
     compared = peer is not None and length <= config.against_context
     for _ in range(config.repeats):
         runs.append(write(lm, [prompt], config.new_bytes))
+        if lm.patch_rule.needs_entropies:
+            ahead.append(write(lm, [prompt], config.new_bytes, SpeculativeDecoder(lm)))
         forwards.append(_forward_seconds(lm, prompt))
         if compared:
             theirs.append(_peer_bytes_per_second(peer, prompt, config.against_new_bytes))
@@ -127,6 +133,14 @@ def _context(config: Config, lm: LanguageModel, peer: Any, length: int) -> dict[
         "prefill_bytes_per_second": summary([length / run.prefill_seconds for run in runs]),
         "prefill_to_forward": summary([f / r.prefill_seconds for f, r in zip(forwards, runs, strict=True)]),
     }
+    if ahead:
+        agrees, at_tie = _agreement(runs[0].ids[0], ahead[0].ids[0], runs[0].margins[0])
+        figures["speculative"] = {
+            "bytes_per_second": summary([(config.new_bytes - 1) / run.seconds for run in ahead]),
+            "ratio": summary([run.seconds / fast.seconds for run, fast in zip(runs, ahead, strict=True)]),
+            "equal": agrees,
+            "parts_at_a_tie": at_tie,
+        }
     if compared:
         figures[str(config.against)] = {"bytes_per_second": summary(theirs)}
         figures["ratio"] = summary([ours / other for ours, other in zip(rates, theirs, strict=True)])
@@ -163,10 +177,12 @@ def _agreement(expected: list[int], found: list[int], margins: list[float]) -> t
 
 
 @torch.inference_mode()
-def write(lm: LanguageModel, prompts: Sequence[bytes], new_bytes: int) -> Written:
+def write(
+    lm: LanguageModel, prompts: Sequence[bytes], new_bytes: int, ahead: SpeculativeDecoder | None = None
+) -> Written:
     """Greedy continuations of exactly `new_bytes` bytes each: EOS and other special ids are never chosen."""
     began = time.perf_counter()
-    decoder = Decoder(lm, len(prompts))
+    decoder = Decoder(lm, len(prompts)) if ahead is None else ahead
     ids, margins = _best(decoder.open(prompts))
     prefilled = time.perf_counter()
     found, gaps = [ids], [margins]

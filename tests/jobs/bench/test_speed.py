@@ -88,6 +88,7 @@ def test_generation_against_the_peer() -> None:
     assert set(figures["contexts"]) == {"16", "40"}
     assert figures["contexts"]["16"]["ratio"]["median"] > 0
     assert "ratio" not in figures["contexts"]["40"]
+    assert figures["contexts"]["40"]["speculative"]["equal"]
     assert figures["batch"]["equal_to_single_runs"]
     assert figures["cost_of_a_byte_longest_to_shortest"] > 0
 
