@@ -59,6 +59,12 @@ class Arguments:
         value = self.optional_number(name)
         return default if value is None else value
 
+    def required_number(self, name: str) -> float:
+        value = self.optional_number(name)
+        if value is None:
+            raise ValueError(f"argument {name} is missing")
+        return value
+
     def flag(self, name: str, default: bool) -> bool:
         value = self.given(name)
         if value is None:

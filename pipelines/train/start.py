@@ -121,7 +121,7 @@ def _check_shape(directory: str, found: BLTConfig | EntropyModelConfig, wanted: 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for name, value in wanted.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and isinstance(found[name], dict):
             yield from _differing(found[name], value, f"{prefix}{name}.")
         elif found[name] != value:
             yield f"{prefix}{name} is {found[name]} there, {value} here"

@@ -12,6 +12,7 @@ import ray
 
 from blt.checkpoint import save_language_model
 from blt.device_peak import PUBLISHED
+from blt.layers import RopeScaling
 from blt.patching import PatchRule
 from jobs.command_line import main
 from tests.llama_checkpoint import SHAPE, write_llama
@@ -174,13 +175,20 @@ def test_a_run_from_a_llama_shows_what_goes_where(
         assert told in shown
     given = [*command, "--init-latent-from", str(tmp_path / "llama")]
     assert "0.5 x that of the rest" in whole_output([*given, "optimizer.latent_lr_scale=0.5"], capsys)
-    write_llama(tmp_path / "scaled", shape, rope_parameters={"rope_type": "llama3", "factor": 8.0})
-    status, error = failure([*command, "--init-latent-from", str(tmp_path / "scaled")], capsys)
+    write_llama(tmp_path / "scaled", replace(shape, rope_scaling=RopeScaling(factor=8.0)))
+    scaled = [*command, "--init-latent-from", str(tmp_path / "scaled")]
+    status, error = failure(scaled, capsys)
     assert status == 2
     assert error.startswith(
         f'key "init_latent_from": {tmp_path}/scaled/config.json does not fit the key "model.latent": '
     )
-    assert "rope_type is 'llama3' there, and can only be 'default' here" in error
+    assert "rope_scaling is factor=8.0 low_freq_factor=1.0" in error
+    assert f"Latent transformer from {tmp_path / 'scaled'}: 2 layers" in whole_output(
+        [*scaled, "model.latent.rope_scaling.factor=8"], capsys
+    )
+    status, error = failure([*given, "model.latent.rope_scaling.factor=0.5"], capsys)
+    assert status == 2
+    assert error.endswith('key "model.latent.rope_scaling.factor" must be at least 1 and finite, got 0.5')
 
 
 def whole_output(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
