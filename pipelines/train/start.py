@@ -106,7 +106,7 @@ def _check_init_from(directory: str, model: BLTConfig | EntropyModelConfig, patc
     if patching is not None and (differing := patching_differences(patching, found)):
         raise ConfigError(
             f'key "init_from": the patches of the data are not those that {directory} was trained on: '
-            f"{'; '.join(differing)} (patch the documents with the model's entropy model and rule, or set "
+            f"{'; '.join(differing)} (patch the documents with `blt patch --model {directory}`, or set "
             "init_other_patches=true)"
         )
     return language_model_fingerprint(local)

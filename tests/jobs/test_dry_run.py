@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import ray
 
-from blt.checkpoint import save_language_model
+from blt.checkpoint import entropy_model_fingerprint, save_language_model
 from blt.device_peak import PUBLISHED
 from blt.layers import RopeScaling
 from blt.patching import PatchRule
 from jobs.command_line import main
+from pipelines.manifest import Patching
 from tests.llama_checkpoint import SHAPE, write_llama
 from tests.pipelines.patch.corpus import prose, write_documents
 from tests.pipelines.train.patched import PATCHING, random_document, write_patches
 from tests.pipelines.train.tiny_run import write_tiny_patches
-from tests.small_language_model import small_language_model
+from tests.small_language_model import RULE, save_small_language_model, small_language_model
 
 CONFIG = """
 steps: 40
@@ -213,6 +214,28 @@ def test_the_shape_may_be_that_of_the_model_to_start_from(
     assert found["parameters"] == sum(p.numel() for p in small_language_model().model.parameters())
     with_llama = [*given, "--init-latent-from", "x"]
     assert failure(with_llama, capsys)[0] == 2
+
+
+def test_the_entropy_model_may_be_that_of_the_model_to_start_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = save_small_language_model(tmp_path / "model", RULE)
+    patching = Patching(
+        entropy_model=entropy_model_fingerprint(tmp_path / "model/entropy_model"),
+        rule=RULE,
+        reset_on_newline=False,
+        dtype="float32",
+        device="cpu",
+    )
+    documents = {f"{split}/a.parquet": [random_document(1, 90)] for split in ("train", "valid")}
+    own = write_patches(tmp_path / "own", documents, patching=patching)
+    other = write_patches(tmp_path / "other", documents, patching=replace(patching, entropy_model="ab" * 32))
+    sizes = ["steps=2", "global_batch=2", "sequence_bytes=512", "sequence_patches=200"]
+    command = ["train", f"output={tmp_path / 'out'}", *sizes, "--init-from", directory]
+    assert figures_of([*command, f"data={own}"], capsys)["parameters"]
+    status, error = failure([*command, f"data={other}", "init_other_patches=true"], capsys)
+    assert status == 2
+    assert error.startswith('key "entropy_model" is missing: the patches of')
 
 
 def failure(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
