@@ -1,6 +1,7 @@
 """Checkpoints: what is saved is what is loaded, and every kind of damage is one line that names the file."""
 
 import json
+import os
 import pickle
 import re
 from collections.abc import Callable
@@ -70,6 +71,20 @@ def test_the_kind_of_a_directory_is_told_without_its_weights(saved: Path) -> Non
             model_kind(saved)
     with pytest.raises(CheckpointError, match="no such file"):
         model_kind(saved / "nowhere")
+
+
+def test_files_are_for_whom_the_umask_lets_read_them(language_model: Build, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_language_model(language_model(), tmp_path / "model")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {
+        "config.json": 0o640,
+        "model.safetensors": 0o640,
+    }
+    assert len(files) == 4
 
 
 def test_a_second_save_replaces_the_first(saved: Path, language_model: Build) -> None:
