@@ -28,12 +28,13 @@ PIECE_POSITIONS = 1024
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """Slower rotary angles for contexts longer than those trained on, as Llama 3.1 has them (`rope_type: llama3`).
+    Its numbers are the defaults.
 
     A pair that turns more than `high_freq_factor` times within the original context keeps its frequency, one that turns
     less than `low_freq_factor` times has it divided by `factor`, and those between go over from one to the other.
     """
 
-    factor: float
+    factor: float = 8.0
     """What slow pairs' frequencies are divided by."""
     low_freq_factor: float = 1.0
     """Turns below which a pair is slow."""
