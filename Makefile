@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-eval check clean
+.PHONY: help install quickstart test test-slow check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -24,15 +24,11 @@ test: $(INSTALLED)  ## run the fast tests, in two processes
 test-slow: $(INSTALLED)  ## run the slow tests
 	@$(BIN)/python -m pytest -q -m "slow and not gpu"
 
-test-eval: $(INSTALLED)  ## install the extra `eval` (lm-evaluation-harness) and run its tests
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-eval.lock
-	@$(BIN)/python -m pytest -q -m "not gpu" tests/jobs/test_harness_model.py
-
 check: $(INSTALLED)  ## lint, formatting, types, known vulnerabilities and the fast tests
 	@echo "ruff check" && $(BIN)/ruff check --quiet .
 	@echo "ruff format --check" && $(BIN)/ruff format --check --quiet .
 	@echo "mypy" && $(BIN)/mypy --no-error-summary
-	@$(BIN)/python .ci/audit.py requirements.lock requirements-eval.lock
+	@$(BIN)/python .ci/audit.py requirements.lock
 	@$(MAKE) --no-print-directory test
 
 clean:  ## remove .venv, caches and the quickstart's output

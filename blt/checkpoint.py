@@ -265,10 +265,13 @@ def _write_model(model: BLT | EntropyModel, directory: Path, kind: Kind, keys: d
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a temporary file beside `path`, then move it there in one step."""
+    """Have `write` make a temporary file beside `path`, then move it there in one step, readable as the umask says."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # what safetensors writes is for its owner alone
         os.replace(temporary, path)
     finally:
         with suppress(FileNotFoundError):

@@ -7,7 +7,7 @@ numbers, which JSON does not have, are written as the texts "inf" and "-inf".
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,6 +17,8 @@ Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 ADDED_LATER: Mapping[str, bool] = {"may_be_missing": True}
 """Metadata of a field that files may lack since they are older than it: it then has its default."""
+ONLY_IF_GIVEN: Mapping[str, bool] = {**ADDED_LATER, "left_out_at_default": True}
+"""The same of a field that is not written at its default either, so that older fingerprints and names stay."""
 
 _INFINITIES = {"inf": math.inf, "-inf": -math.inf}
 
@@ -24,7 +26,7 @@ _INFINITIES = {"inf": math.inf, "-inf": -math.inf}
 def to_json(value: object) -> Json:
     """The JSON value of a configuration or of one of its fields. TypeError for a type a configuration may not hold."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
+        return {name: to_json(item) for name, item in written_fields(value)}
     if isinstance(value, tuple | list):
         return [to_json(item) for item in value]
     if isinstance(value, float) and math.isinf(value):
@@ -32,6 +34,14 @@ def to_json(value: object) -> Json:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a configuration cannot hold {type(value).__name__}: {value!r}")
+
+
+def written_fields(config: object) -> Iterator[tuple[str, Any]]:
+    """Name and value of each field of a dataclass but those that are ONLY_IF_GIVEN and have their default."""
+    for field in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if not (field.metadata.get("left_out_at_default") and value == field.default):
+            yield field.name, value
 
 
 def canonical_text(value: object) -> str:
@@ -51,7 +61,7 @@ def from_json(kind: type[Config], value: object, key: str) -> Config:
         if name not in names:
             raise ValueError(f"unknown key {key}.{name}; known are {', '.join(names)}")
     for field in fields(kind):  # type: ignore[arg-type]
-        if field.name not in values and field.metadata != ADDED_LATER:
+        if field.name not in values and not field.metadata.get("may_be_missing"):
             raise ValueError(f"key {key}.{field.name} is missing")
     arguments = {name: _parsed(types[name], value, f"{key}.{name}") for name, value in values.items()}
     try:

@@ -6,7 +6,8 @@ Source: the published models. Projections that read the same input are merged: q
 Shapes: B rows, T positions, D width, H heads, N heads of queries, keys and values together, K head width.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -16,11 +17,44 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask
 
 from blt.attention import CausalSpans, causal_attention, causal_spans
+from blt.config_json import ONLY_IF_GIVEN
 from blt.errors import ConfigError
 from blt.flex_attention import Turns, block_mask, flex_causal_attention, flex_fits, real_turns
 
 PIECE_POSITIONS = 1024
 """Positions that a feed-forward layer reads at once where nothing is kept for a backward pass, on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Slower rotary angles for contexts longer than those trained on, as Llama 3.1 has them (`rope_type: llama3`).
+    Its numbers are the defaults.
+
+    A pair that turns more than `high_freq_factor` times within the original context keeps its frequency, one that turns
+    less than `low_freq_factor` times has it divided by `factor`, and those between go over from one to the other.
+    """
+
+    factor: float = 8.0
+    """What slow pairs' frequencies are divided by."""
+    low_freq_factor: float = 1.0
+    """Turns below which a pair is slow."""
+    high_freq_factor: float = 4.0
+    """Turns above which a pair is fast."""
+    original_max_position_embeddings: int = 8192
+    """Positions of the original context."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.factor < math.inf:
+            raise ConfigError(f"factor must be at least 1 and finite, got {self.factor}")
+        if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
+            raise ConfigError(
+                f"low_freq_factor must lie above 0 and below high_freq_factor ({self.high_freq_factor}, finite), got "
+                f"{self.low_freq_factor}"
+            )
+        if self.original_max_position_embeddings < 1:
+            raise ConfigError(
+                f"original_max_position_embeddings must be at least 1, got {self.original_max_position_embeddings}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +77,8 @@ class TransformerConfig:
     """A position sees this many positions, itself included; null = its whole document."""
     rope_theta: float = 10000.0
     """Base of the rotary angles."""
+    rope_scaling: RopeScaling | None = field(default=None, metadata=ONLY_IF_GIVEN)
+    """Slower angles for a longer context, as of Llama 3.1; null = those of the base."""
     norm_eps: float = 1e-5
     """RMSNorm epsilon."""
     init_scaling: Literal["disabled", "current_depth", "global_depth"] = "disabled"
@@ -75,6 +111,11 @@ class TransformerConfig:
         if self.ffn_multiplier is not None:
             hidden = int(self.ffn_multiplier * hidden)
         return -(-hidden // self.ffn_multiple_of) * self.ffn_multiple_of
+
+    @property
+    def sight(self) -> tuple[object, ...]:
+        """What a context depends on: stacks that agree in it can share theirs."""
+        return self.window, self.head_width, self.rope_theta, self.rope_scaling
 
     def init_factor(self, layer: int) -> float:
         depth = {"disabled": 0.5, "current_depth": layer + 1.0, "global_depth": self.layers + 1.0}[self.init_scaling]
@@ -152,11 +193,22 @@ def context(
 
 
 def rotations(positions_BT: Tensor, config: TransformerConfig) -> Tensor:
-    """exp(i * position * theta ** (-2 j / head_width)), complex64 [B,T,1,head_width / 2]; angles in float32."""
-    pair = torch.arange(0, config.head_width, 2, device=positions_BT.device).float()
-    frequencies = 1.0 / (config.rope_theta ** (pair / config.head_width))
-    angles = positions_BT[..., None, None].float() * frequencies
+    """exp(i * position * frequency), complex64 [B,T,1,head_width / 2]; angles in float32."""
+    angles = positions_BT[..., None, None].float() * frequencies(config, positions_BT.device)
     return torch.polar(torch.ones_like(angles), angles)
+
+
+def frequencies(config: TransformerConfig, device: torch.device) -> Tensor:
+    """Of the rotary pairs, in radians per position: theta ** (-2 j / head_width), scaled; float32 [head_width / 2]."""
+    pair = torch.arange(0, config.head_width, 2, device=device).float()
+    plain: Tensor = 1.0 / (config.rope_theta ** (pair / config.head_width))
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    turns = scaling.original_max_position_embeddings / (2 * math.pi / plain)
+    fast = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    fast = fast.clamp(0, 1)
+    return (1 - fast) * plain / scaling.factor + fast * plain
 
 
 def rotate(x_BTHK: Tensor, rotations_BT1C: Tensor) -> Tensor:

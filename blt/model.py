@@ -99,10 +99,7 @@ class BLT(nn.Module):
         layout = patch_layout(byte_ids_BT, patch_lengths_BP, document_ids_BT)
         config = self.config
         over_bytes = context(config.local_encoder, layout.document_ids_BT, layout.positions_BT)
-        same = config.local_decoder.head_width == config.local_encoder.head_width and (
-            config.local_decoder.window,
-            config.local_decoder.rope_theta,
-        ) == (config.local_encoder.window, config.local_encoder.rope_theta)
+        same = config.local_decoder.sight == config.local_encoder.sight
         return Places(
             layout=layout,
             over_bytes=over_bytes,

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
+from blt.config_json import written_fields
 from blt.errors import ConfigError
 from jobs.annotation import dataclass_of, elements_of, expected, field_types, members, sequence_of
 from jobs.yaml_values import parse_yaml
@@ -103,7 +104,7 @@ def load_config(
 def to_plain(config: object) -> Any:
     """The configuration as what JSON can hold: sections as dicts, tuples as lists, paths and enums as their values."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {name: to_plain(value) for name, value in written_fields(config)}
     if isinstance(config, Mapping):
         return {str(key): to_plain(value) for key, value in config.items()}
     if isinstance(config, list | tuple | set | frozenset):

@@ -54,6 +54,8 @@ NOT_IN_OUTPUT = (
 )
 """Keys that have no say in the output: resources, and paths whose content the fingerprint of the inputs covers."""
 
+OPTIONS = ("model",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(EvaluateConfig, TextConfig):

@@ -38,6 +38,8 @@ NOT_IN_OUTPUT = ("output", "model", "words", "text_key", "words_bytes", "min_let
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+OPTIONS = ("model",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(QuestionConfig, RespondentConfig):

@@ -27,6 +27,8 @@ SAMPLES_NAME = "samples.jsonl"
 NOT_IN_OUTPUT = ("output", "model", "include_path")
 """Keys that have no say in the output: paths whose content the fingerprint of the inputs covers."""
 
+OPTIONS = ("model",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RespondentConfig):

@@ -32,7 +32,7 @@ from pipelines.storage import Storage
 logger = logging.getLogger(__name__)
 
 POSITIONAL = ("prompt",)
-OPTIONS = {"file": "prompt_file", "lines": "lines", "show-patches": "show_patches"}
+OPTIONS = {"model": "model", "file": "prompt_file", "lines": "lines", "show-patches": "show_patches"}
 
 _NOT_IN_OUTPUT = ("output", "model", "device", "prompt_file", "lines", "show_patches", "batch_prompts")
 """Keys that have no say in the samples, or whose content the fingerprint of the inputs covers."""

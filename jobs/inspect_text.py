@@ -28,7 +28,7 @@ from jobs.text_input import STANDARD_INPUT, TextInput, argument_bytes, is_file, 
 logger = logging.getLogger(__name__)
 
 POSITIONAL = ("input",)
-OPTIONS = ("html", "max_bytes", "threshold")
+OPTIONS = ("model", "html", "max_bytes", "threshold")
 
 
 @dataclass(frozen=True, kw_only=True)

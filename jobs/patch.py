@@ -4,10 +4,13 @@ Each shard is done exactly once: run a killed job again and it does what is miss
 documents, with another entropy model or another rule is refused. Paths may be local or s3://.
 """
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 
+from blt.errors import ConfigError
 from jobs.action import Action
+from jobs.own_patching import own_patching
 from jobs.progress import progress
 from jobs.ray_session import ray_session
 from jobs.record import JobResult, run_once
@@ -22,12 +25,13 @@ from pipelines.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = ("limit", "reuse_entropies")
+OPTIONS = ("limit", "reuse_entropies", "model")
 
 NOT_IN_OUTPUT = (
     "output",
     "documents",
     "entropy_model",
+    "model",
     "calibration",
     "reuse_entropies",
     "min_actors",
@@ -52,13 +56,18 @@ class Config(PatchConfig):
     documents: str
     """Dataset of documents (the output of `blt shard`)."""
     entropy_model: str | None = None
-    """Directory of the entropy model; null for rule.kind space, fixed and byte, and with reuse_entropies."""
+    """Directory of the entropy model; null for rule.kind space, fixed and byte, with reuse_entropies, and
+    with model."""
+    model: str | None = None
+    """Directory of a BLT that is to read the patches: gives entropy_model, rule and reset_on_newline; a calibration's
+    threshold goes before its own."""
     output: str
     """Where the patch dataset goes."""
 
 
 def run(config: Config) -> JobResult:
     """Patch the documents into `config.output` unless that is done; incomplete if `config.limit` left some to do."""
+    config = resolved(config)
     documents = read_manifest(config.documents)
     plan = plan_dataset(config, documents, config.entropy_model)
     is_claimed(Storage(config.output), plan)  # refuses another plan by what differs: a record only knows the hash
@@ -69,6 +78,27 @@ def run(config: Config) -> JobResult:
         return _result(manifest, plan) if manifest else status(config)
 
     return run_once(config.output, config, f"plan={plan.hash}", work, ignore=NOT_IN_OUTPUT, is_whole=is_whole)
+
+
+def resolved(config: Config) -> Config:
+    """The configuration with what the BLT of `config.model` says in it. ConfigError for keys that say otherwise."""
+    if config.model is None:
+        return config
+    found = own_patching(
+        config.model,
+        entropy_model=config.entropy_model,
+        rule=config.rule,
+        reset_on_newline=config.reset_on_newline,
+    )
+    for name in ("store_entropies", "reuse_entropies"):
+        if getattr(config, name) and not found.rule.quantized and config.calibration is None:
+            raise ConfigError(
+                f'key "{name}": entropies are then rounded before they are compared, which those of {config.model}, '
+                'that the key "model" names, are not'
+            )
+    return dataclasses.replace(
+        config, entropy_model=found.entropy_model, rule=found.rule, reset_on_newline=found.reset_on_newline
+    )
 
 
 def _result(manifest: Manifest, plan: PatchPlan) -> JobResult:
@@ -111,6 +141,7 @@ def _status_result(config: Config, found: PatchStatus) -> JobResult:
 
 def verify(config: Config) -> JobResult:
     """Check every file of the finished output; incomplete, with a line in the log for each problem, if any is wrong."""
+    config = resolved(config)
     with ray_session(), progress("verify", total=read_manifest(config.output).bytes, unit="bytes") as bar:
         found = verify_dataset(config, config.documents, config.entropy_model, config.output, bar.advance)
     for problem in found.problems:
@@ -133,6 +164,7 @@ def verify(config: Config) -> JobResult:
 
 def dry_run(config: Config) -> JobResult:
     """What `run` would do, and about how long it would take; nothing is written."""
+    config = resolved(config)
     documents = read_manifest(config.documents)
     plan = plan_dataset(config, documents, config.entropy_model)
     found = estimate(config, plan, documents, config.documents, config.entropy_model, config.output)

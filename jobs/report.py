@@ -28,6 +28,8 @@ from pipelines.storage import Storage
 
 logger = logging.getLogger(__name__)
 
+OPTIONS = ("model",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

@@ -6,6 +6,7 @@ Writes OUTPUT/model (which eval, generate and Python's blt.load read), metrics.j
 import dataclasses
 import logging
 from dataclasses import dataclass
+from typing import TypeVar
 
 from blt.checkpoint import language_model_config
 from blt.entropy_model import EntropyModelConfig
@@ -18,8 +19,9 @@ from jobs.latent_start_table import print_latent_start
 from jobs.progress import progress
 from jobs.ray_session import ray_session
 from jobs.record import JobResult, run_once
-from pipelines.manifest import Patching, read_manifest
+from pipelines.manifest import Manifest, Patching, read_manifest
 from pipelines.model_files import local_model
+from pipelines.storage import Storage
 from pipelines.train.config import TrainConfig
 from pipelines.train.job import RESOURCES, STARTS, TrainJob, check_entropy_model
 from pipelines.train.machine import Assumptions
@@ -49,9 +51,13 @@ class Config(Settings):
     data: str
     """Patch dataset (the output of `blt patch`)."""
     entropy_model: str | None = None
-    """Directory of the entropy model that made the patches; it becomes part of the trained model."""
+    """Directory of the entropy model that made the patches; it becomes part of the trained model. null takes that of
+    init_from, if it made them."""
     output: str
     """Directory of the run."""
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,7 @@ class DryRunConfig(Config, Assumptions):
 def run(config: Config) -> JobResult:
     """Train into `config.output` unless that is done."""
     manifest, shape = read_manifest(config.data), shape_of(config)
-    config = dataclasses.replace(resolved(config), model=shape)
+    config = dataclasses.replace(with_entropy_model(resolved(config), manifest), model=shape)
     if manifest.kind == "patches":
         check_entropy_model(manifest, config.data, config.entropy_model)
 
@@ -78,6 +84,7 @@ def run(config: Config) -> JobResult:
 def dry_run(config: DryRunConfig) -> JobResult:
     """What `run` would take; nothing is written."""
     shape = shape_of(config)
+    config = with_entropy_model(config, read_manifest(config.data))
     result = forecast_result(config, config, shape, config.data, config.output, config.entropy_model)
     _show_latent_start(config, shape)
     return result
@@ -93,6 +100,18 @@ def shape_of(config: Settings) -> BLTConfig:
     if config.init_from is None:
         raise ConfigError('key "model" is missing: it gives the shape of the BLT, unless init_from names a model')
     return language_model_config(local_model(config.init_from)).model
+
+
+def with_entropy_model(config: AnyConfig, manifest: Manifest) -> AnyConfig:
+    """The configuration with the entropy model of the BLT that the run starts from, where none is given and it is the
+    one that made the patches."""
+    wanted = manifest.patching and manifest.patching.entropy_model
+    if config.entropy_model is not None or config.init_from is None or wanted is None:
+        return config
+    start = language_model_config(local_model(config.init_from))
+    if not start.entropy_stored or start.entropy_fingerprint != wanted:
+        return config
+    return dataclasses.replace(config, entropy_model=Storage(config.init_from).url("entropy_model"))
 
 
 def init_of(config: TrainConfig, model: BLTConfig | EntropyModelConfig, patching: Patching | None = None) -> str:

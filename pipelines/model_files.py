@@ -7,13 +7,22 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from blt.checkpoint import entropy_model_fingerprint
+from blt.checkpoint import (
+    Kind,
+    LanguageModelConfig,
+    entropy_model_fingerprint,
+    language_model_config,
+    model_kind,
+)
 from blt.errors import CheckpointError
 from pipelines.filesystem import BLOCK_BYTES
 from pipelines.storage import Storage
 
 logger = logging.getLogger(__name__)
+
+Content = TypeVar("Content")
 
 MODEL_FILES = (
     "config.json",
@@ -72,15 +81,30 @@ def store_model(directory: str | Path, uri: str) -> None:
 
 def model_fingerprint(uri: str) -> str:
     """Fingerprint of the entropy model in the directory `uri`, of which only config.json is read; CheckpointError."""
+    return _of_config(uri, entropy_model_fingerprint)
+
+
+def model_kind_of(uri: str) -> Kind:
+    """What the model directory `uri` holds, of which only config.json is read; CheckpointError."""
+    return _of_config(uri, model_kind)
+
+
+def model_config(uri: str) -> LanguageModelConfig:
+    """config.json of the language model in the directory `uri`, of which nothing else is read; CheckpointError."""
+    return _of_config(uri, language_model_config)
+
+
+def _of_config(uri: str, read: Callable[[str], Content]) -> Content:
+    """What `read` makes of a directory that has the config.json of `uri`."""
     storage = Storage(uri)
     if storage.is_local:
-        return entropy_model_fingerprint(storage.root_uri)
+        return read(storage.root_uri)
     with tempfile.TemporaryDirectory(prefix="blt-config-") as directory:
         try:
             (Path(directory) / MODEL_FILES[0]).write_bytes(storage.read_bytes(MODEL_FILES[0]))
         except FileNotFoundError as error:
             raise _no_model(storage) from error
-        return entropy_model_fingerprint(directory)
+        return read(directory)
 
 
 def _no_model(storage: Storage) -> CheckpointError:

@@ -1,6 +1,7 @@
 """A tiny Llama with random weights as transformers saves it, for tests that start a latent transformer from one."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,21 @@ def write_llama(
         num_key_value_heads=shape.num_kv_heads,
         intermediate_size=shape.ffn_width,
         rms_norm_eps=shape.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        rope_parameters=rope_parameters(shape),
         attn_implementation="eager",
     )
     llama = randomised(LlamaForCausalLM(config), seed).eval()
     llama.save_pretrained(directory, max_shard_size=shard_bytes)
     change_config(directory, **changes)
     return llama
+
+
+def rope_parameters(shape: TransformerConfig) -> dict[str, Any]:
+    """transformers' keys for the angles of this shape."""
+    scaling, theta = shape.rope_scaling, {"rope_theta": shape.rope_theta}
+    if scaling is None:
+        return {"rope_type": "default", **theta}
+    return {"rope_type": "llama3", **theta, **asdict(scaling)}
 
 
 def change_config(directory: Path, **changes: Any) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from blt.entropy_model import EntropyModelConfig
 from blt.hash_embedding import PRIMES
-from blt.layers import TransformerConfig
+from blt.layers import RopeScaling, TransformerConfig
 from blt.model import BLTConfig
 
 EOS = 2
@@ -207,7 +207,7 @@ def block(config: TransformerConfig, weights: Parameters, x: Tensor, mask: Tenso
     normed = rms_norm(x, weights["attention_norm.weight"], config.norm_eps)
     q, k, v = (heads_of(normed @ w.T, config.width // config.heads) for w in (wq, wk, wv))
     repeats = config.heads // len(k)
-    q, k = rotary(q, positions, config.rope_theta), rotary(k, positions, config.rope_theta)
+    q, k = rotary(q, positions, config), rotary(k, positions, config)
     out = [attend(q[head], k[head // repeats], v[head // repeats], mask) for head in range(config.heads)]
     x = x + torch.cat(out, -1) @ weights["attention.wo.weight"].T
     normed = rms_norm(x, weights["ffn_norm.weight"], config.norm_eps)
@@ -237,14 +237,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def rotary(x_HNK: Tensor, positions: list[int], theta: float) -> Tensor:
-    """Rotation of pairs (x[2i], x[2i + 1]) by position * theta ** (-2i / K).
+def scaled_frequency(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """One pair's frequency as Llama 3.1 scales it, in the order of operations that transformers has."""
+    turns = scaling.original_max_position_embeddings / (2 * math.pi / frequency)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    if turns > high:
+        return frequency
+    if turns < low:
+        return frequency / scaling.factor
+    smooth = (turns - low) / (high - low)
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def rotary(x_HNK: Tensor, positions: list[int], config: TransformerConfig) -> Tensor:
+    """Rotation of pairs (x[2i], x[2i + 1]) by position * theta ** (-2i / K), scaled where the stack's angles are.
 
     Angles, cosines and sines are float32 by design, so a float64 comparison needs the same float32
     values; `test_attention.py` holds them to float64 ones.
     """
     head_width = x_HNK.shape[-1]
-    frequencies = 1.0 / (theta ** (torch.arange(0, head_width, 2).float() / head_width))
+    frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, head_width, 2).float() / head_width))
+    if (scaling := config.rope_scaling) is not None:
+        frequencies = torch.stack([scaled_frequency(frequency, scaling) for frequency in frequencies])
     angles = torch.tensor(positions).float()[:, None] * frequencies
     turned = torch.polar(torch.ones_like(angles), angles)
     cos, sin = turned.real.to(x_HNK.dtype), turned.imag.to(x_HNK.dtype)

@@ -43,6 +43,8 @@ class Arguments:
 
     def optional_integer(self, name: str) -> int | None:
         value = self.given(name)
+        if isinstance(value, float) and value.is_integer():
+            return int(value)  # 1024.0, as files write it that other tools have been through
         if value is None or (isinstance(value, int) and not isinstance(value, bool)):
             return value
         raise ValueError(f"argument {name} must be a whole number, got {value!r}")
@@ -58,6 +60,12 @@ class Arguments:
     def number(self, name: str, default: float) -> float:
         value = self.optional_number(name)
         return default if value is None else value
+
+    def required_number(self, name: str) -> float:
+        value = self.optional_number(name)
+        if value is None:
+            raise ValueError(f"argument {name} is missing")
+        return value
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.given(name)
@@ -80,7 +88,7 @@ class Arguments:
         if value is None:
             return default
         for choice in accepted:
-            if type(value) is type(choice) and value == choice:
+            if _among(value, (choice,)):
                 return choice
         raise ValueError(f"argument {name} must be {_either(accepted)}, got {value!r}")
 

@@ -11,7 +11,7 @@ starting from Llama 3.1.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -22,10 +22,11 @@ from blt.config_json import json_object
 from blt.errors import CheckpointError, ConfigError
 from blt.interop.arguments import Arguments
 from blt.interop.renaming import Renaming, blocks, their_shapes
+from blt.interop.rotary import COMPUTED, partial_rotary_factor, read_rope, rope_type
 from blt.interop.transformers import NAMES, weights_path
 from blt.interop.transformers_config import ffn_rule
 from blt.interop.weights import read_tensors
-from blt.layers import TransformerConfig
+from blt.layers import RopeScaling, TransformerConfig
 from blt.model import BLT, BLTConfig
 from blt.placement import check_tensors, parameter_shapes
 
@@ -90,8 +91,8 @@ def llama_blocks(directory: str | Path, model: BLTConfig) -> LlamaBlocks:
     """The blocks of the Llama in `directory`, for the latent transformer of `model`.
 
     ConfigError, naming each key with its value there and here, for a Llama of another shape, or one whose numbers are
-    not computed here (scaled rotary angles, biases). CheckpointError, naming the file, for what is missing or broken,
-    and for tensors that are missing, unexpected, or of the wrong shape.
+    not computed here (rotary angles scaled otherwise than Llama 3.1's, biases). CheckpointError, naming the file, for
+    what is missing or broken, and for tensors that are missing, unexpected, or of the wrong shape.
     """
     root, shape = Path(directory), model.latent
     path = root / "config.json"
@@ -129,7 +130,8 @@ def _differences(values: Mapping[str, object], shape: TransformerConfig) -> Iter
         return
     width, heads = llama.integer("hidden_size", 4096), llama.integer("num_attention_heads", 32)
     ffn_width, ours = llama.integer("intermediate_size", 11008), "latent's feed-forward width"
-    rope_type, rope_theta = _rope(values)
+    kind_of_angles = rope_type(values)
+    rope_theta, scaling = read_rope(values, 10000.0) if kind_of_angles in COMPUTED else (shape.rope_theta, None)
     for key, there, name, here in (
         ("hidden_size", width, "latent.width", shape.width),
         ("num_hidden_layers", llama.integer("num_hidden_layers", 32), "latent.layers", shape.layers),
@@ -139,28 +141,27 @@ def _differences(values: Mapping[str, object], shape: TransformerConfig) -> Iter
         ("intermediate_size", ffn_width, ours, shape.ffn_width),
         ("rms_norm_eps", llama.number("rms_norm_eps", 1e-6), "latent.norm_eps", shape.norm_eps),
         ("rope_theta", rope_theta, "latent.rope_theta", shape.rope_theta),
+        ("rope_scaling", _told(scaling), "latent.rope_scaling", _told(shape.rope_scaling)),
     ):
         if there != here:
             yield f"{key} is {there} there, {name} is {here} here{_ffn_hint(shape, ffn_width) if name == ours else ''}"
     only: dict[str, tuple[object, object]] = {
-        "rope_type": (rope_type, "default"),
-        "partial_rotary_factor": (llama.number("partial_rotary_factor", 1.0), 1.0),
+        "partial_rotary_factor": (partial_rotary_factor(values), 1.0),
         "hidden_act": (llama.given("hidden_act") or "silu", "silu"),
         "attention_bias": (llama.flag("attention_bias", False), False),
         "mlp_bias": (llama.flag("mlp_bias", False), False),
         "quantization_config": (llama.given("quantization_config"), None),
     }
+    if kind_of_angles not in COMPUTED:
+        yield f"rope_type is {kind_of_angles!r} there, and can only be {' or '.join(map(repr, COMPUTED))} here"
     for key, (value, computed) in only.items():
         if value != computed:
             yield f"{key} is {value!r} there, and can only be {computed!r} here"
 
 
-def _rope(values: Mapping[str, object]) -> tuple[object, float]:
-    """Kind and base of the rotary angles: today's `rope_parameters`, or the older `rope_scaling` and `rope_theta`."""
-    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    rope = Arguments(json_object(given, "rope_parameters"), (), {})
-    theta = rope.number("rope_theta", Arguments(values, (), {}).number("rope_theta", 10000.0))
-    return rope.given("rope_type") or rope.given("type") or "default", theta
+def _told(scaling: RopeScaling | None) -> str:
+    """`factor=8.0 low_freq_factor=1.0 ...`, the keys that would give it."""
+    return "null" if scaling is None else " ".join(f"{name}={value}" for name, value in asdict(scaling).items())
 
 
 def _ffn_hint(shape: TransformerConfig, ffn_width: int) -> str:

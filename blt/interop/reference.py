@@ -113,12 +113,16 @@ def from_reference(
     every argument that is unknown, missing or of a value that is not computed here, and every tensor missing,
     unexpected or of a wrong shape.
     """
+    shape = reference_shape(config)
+    if isinstance(shape, BLTConfig):
+        return adopt(BLT, shape, state_dict, blt_renaming(shape, NAMES), dtype=dtype)
+    return adopt(EntropyModel, shape, state_dict, entropy_renaming(shape, NAMES), dtype=dtype)
+
+
+def reference_shape(config: Mapping[str, Any]) -> BLTConfig | EntropyModelConfig:
+    """What the arguments say that the model is; a BLT if they have `dim_global`. ValueError as `from_reference`'s."""
     arguments = Arguments(config, IGNORED, FIXED)
-    if "dim_global" in config:
-        blt_config = _blt_config(arguments)
-        return adopt(BLT, blt_config, state_dict, blt_renaming(blt_config, NAMES), dtype=dtype)
-    entropy_config = _entropy_config(arguments)
-    return adopt(EntropyModel, entropy_config, state_dict, entropy_renaming(entropy_config, NAMES), dtype=dtype)
+    return _blt_config(arguments) if "dim_global" in config else _entropy_config(arguments)
 
 
 def to_reference(model: BLT | EntropyModel) -> dict[str, Tensor]:

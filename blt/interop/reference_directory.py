@@ -23,7 +23,7 @@ from blt.config_json import json_object
 from blt.entropy_model import EntropyModel
 from blt.errors import CheckpointError, ConfigError
 from blt.interop.arguments import Arguments
-from blt.interop.reference import from_reference
+from blt.interop.reference import from_reference, reference_shape
 from blt.interop.weights import read_tensors
 from blt.model import BLT
 from blt.patching import Kind, PatchRule
@@ -44,6 +44,9 @@ _KINDS: dict[str, Kind] = {"entropy": "entropy", "space": "space", "static": "fi
 
 _EMBEDDING = "tok_embeddings.weight"
 """A tensor that every model of the reference has, and so tells under which prefix its tensors stand."""
+
+
+_HINT = " (`ignore` passes over names that are known to change no number)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +102,7 @@ def from_reference_directory(
             f"entropy_model must name the directory of the entropy model: a patch rule of kind {rule.kind} needs one, "
             f"and neither {Path(directory) / 'entropy_model'} nor {source.weights_path.name} holds it"
         )
-    with _faults_of(source.weights_path):
-        model = from_reference(own, arguments, dtype=dtype)
+    model = _fitted(source, own, arguments, dtype)
     assert isinstance(model, BLT)
     return LanguageModel(
         model=model,
@@ -164,10 +166,19 @@ def _entropy_model(source: _Source, tensors: Mapping[str, Tensor], dtype: torch.
         raise CheckpointError(
             f"{source.arguments_path}: holds no arguments of an entropy model (n_layers, dim, n_heads)"
         )
-    with _faults_of(source.weights_path):
-        model = from_reference(_without_prefix(tensors), arguments, dtype=dtype)
+    model = _fitted(source, _without_prefix(tensors), arguments, dtype)
     assert isinstance(model, EntropyModel)
     return model
+
+
+def _fitted(
+    source: _Source, tensors: Mapping[str, Tensor], arguments: Mapping[str, object], dtype: torch.dtype | None
+) -> BLT | EntropyModel:
+    """The model of these arguments and tensors; what is wrong with either names its file."""
+    with _faults_of(source.arguments_path, _HINT):
+        reference_shape(arguments)
+    with _faults_of(source.weights_path, _HINT):
+        return from_reference(tensors, arguments, dtype=dtype)
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -212,8 +223,8 @@ def _patch_rule(document: Mapping[str, object], model: Mapping[str, object]) -> 
 
 
 @contextmanager
-def _faults_of(path: Path) -> Iterator[None]:
-    """Faults in reading or fitting a file become a CheckpointError of one line that names it."""
+def _faults_of(path: Path, hint: str = "") -> Iterator[None]:
+    """Faults in reading or fitting a file become a CheckpointError of one line: its name, what is wrong, the hint."""
     try:
         yield
     except FileNotFoundError as error:
@@ -221,4 +232,4 @@ def _faults_of(path: Path) -> Iterator[None]:
             f"{error.filename or path}: no such file; a directory of the reference has one"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}{hint}") from error

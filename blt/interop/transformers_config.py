@@ -14,6 +14,7 @@ from blt.config_json import Json, from_json, json_object, to_json
 from blt.entropy_model import EntropyModelConfig
 from blt.errors import ConfigError
 from blt.interop.arguments import Arguments
+from blt.interop.rotary import read_rope, write_rope
 from blt.layers import TransformerConfig
 from blt.local_encoder import CrossAttentionConfig, HashEmbeddingConfig
 from blt.model import BLTConfig
@@ -99,7 +100,7 @@ def write_settings(settings: Settings, *, lossy_patching: bool = False) -> dict[
         "encoder_hash_byte_group_size": list(hashes.group_sizes),
         "encoder_hash_byte_group_vocab": hashes.table_size,
         "encoder_hash_byte_group_nb_functions": hashes.functions,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.latent.rope_theta},
+        **write_rope(model.latent),
         "encoder_config": _part("encoder", encoder, {**local, "cross_attn_all_layers": cross.encoder_layers == "all"}),
         "decoder_config": _part("decoder", decoder, {**local, "cross_attn_all_layers": cross.decoder_layers == "all"}),
         "global_config": _part("global", model.latent, {}),
@@ -122,7 +123,7 @@ def _part(part: str, shape: TransformerConfig, more: dict[str, Json]) -> Json:
         "hidden_act": "silu",
         "dropout": 0.0,
         "sliding_window": shape.window,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        **write_rope(shape),
         "tie_word_embeddings": False,
         **more,
     }
@@ -247,6 +248,7 @@ def _read_part(config: Mapping[str, object], key: str, defaults: _Defaults, wind
         unrounded = int(2 * (4 * width) / 3)
         ffn_width = part.integer("intermediate_size", defaults.ffn_width or unrounded)
         multiplier, multiple_of = ffn_rule(unrounded, ffn_width)
+        rope_theta, rope_scaling = read_rope(values, defaults.rope_theta)
         return TransformerConfig(
             width=width,
             layers=part.integer("num_hidden_layers", defaults.layers),
@@ -255,7 +257,8 @@ def _read_part(config: Mapping[str, object], key: str, defaults: _Defaults, wind
             ffn_multiplier=multiplier,
             ffn_multiple_of=multiple_of,
             window=window,
-            rope_theta=_rope_theta(values, defaults.rope_theta),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
             norm_eps=part.number("rms_norm_eps", 1e-5),
         )
     except ValueError as error:
@@ -269,10 +272,3 @@ def ffn_rule(unrounded: int, ffn_width: int) -> tuple[float | None, int]:
     if ffn_width >= unrounded:
         return None, ffn_width
     return (ffn_width + 0.5) / unrounded, 1
-
-
-def _rope_theta(values: Mapping[str, object], default: float) -> float:
-    """The base of the rotary angles; today's `rope_parameters`, or the older `rope_scaling` and `rope_theta`."""
-    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    rope = Arguments(json_object(given, "rope_parameters"), (), {"rope_type": ("default",), "type": ("default",)})
-    return rope.number("rope_theta", Arguments(values, (), {}).number("rope_theta", default))

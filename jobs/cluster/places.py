@@ -12,8 +12,8 @@ _TRAINING = ("output", "init_from", "init_latent_from")
 PLACES: Mapping[str, tuple[str, ...]] = {
     "shard": (*_CORPUS, "output"),
     "train-entropy": ("documents", *_TRAINING),
-    "calibrate": ("documents", "entropy_model", "output"),
-    "patch": ("documents", "entropy_model", "calibration", "reuse_entropies", "output"),
+    "calibrate": ("documents", "entropy_model", "model", "output"),
+    "patch": ("documents", "entropy_model", "model", "calibration", "reuse_entropies", "output"),
     "train": ("data", "entropy_model", *_TRAINING),
     "eval": (*_CORPUS, "model", "data", "output"),
     "eval harness": ("model", "include_path", "output"),

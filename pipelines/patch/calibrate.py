@@ -19,7 +19,7 @@ from blt.patching import PatchRule
 from pipelines.actor_pool import ActorPoolConfig, run_units
 from pipelines.manifest import read_manifest
 from pipelines.model_files import model_fingerprint
-from pipelines.model_patching import DEFAULT_MAX_PATCH_LENGTH, limited
+from pipelines.model_patching import DEFAULT_RULE, limited
 from pipelines.patch.calibration import Calibration
 from pipelines.patch.model import load_model
 from pipelines.patch.sample import SampleUnit, choose_sample, read_sample
@@ -31,7 +31,7 @@ from pipelines.storage import Storage
 class CalibrateConfig(ActorPoolConfig):
     """What mean patch size is aimed at, with which rule, on what sample."""
 
-    rule: PatchRule = PatchRule(max_patch_length=DEFAULT_MAX_PATCH_LENGTH)
+    rule: PatchRule = DEFAULT_RULE
     """Rule of kind entropy whose threshold is sought; its own is not used; without max_patch_length it gets 512."""
     target_mean_patch_bytes: float = 4.5
     """Mean patch size aimed at: document bytes per patch."""

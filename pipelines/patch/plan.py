@@ -16,7 +16,7 @@ from blt.errors import ConfigError, DataError
 from blt.patching import ENTROPY_STEPS_PER_NAT, PatchRule
 from pipelines.actor_pool import ActorPoolConfig
 from pipelines.manifest import Manifest, Patching, ShardEntry, Split
-from pipelines.model_patching import DEFAULT_MAX_PATCH_LENGTH, limited
+from pipelines.model_patching import DEFAULT_RULE, limited
 from pipelines.schema import MAX_ROW_GROUP_BYTES, SCHEMA_VERSION
 
 
@@ -24,7 +24,7 @@ from pipelines.schema import MAX_ROW_GROUP_BYTES, SCHEMA_VERSION
 class PatchConfig(ActorPoolConfig):
     """How documents are cut into patches, and by how many actors."""
 
-    rule: PatchRule = PatchRule(max_patch_length=DEFAULT_MAX_PATCH_LENGTH)
+    rule: PatchRule = DEFAULT_RULE
     """Patch rule; a rule without max_patch_length gets 512 bytes."""
     calibration: str | None = None
     """calibration.json (or its directory) that supplies rule.threshold; must be made with the same entropy model."""

@@ -15,6 +15,7 @@ from blt.checkpoint import (
     save_entropy_model,
     save_language_model,
 )
+from blt.config_json import to_json
 from blt.entropy_model import EntropyModel, EntropyModelConfig
 from blt.errors import ConfigError
 from blt.flops import entropy_flops_per_byte, flops_per_byte
@@ -79,7 +80,7 @@ class TrainJob:
         """Of everything that decides the weights: not of workers, paths or how often it is logged and saved."""
         left_out = (*RESOURCES, *REPORTING, *STARTS)
         config = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in left_out}
-        parts = [self.kind, config, dataclasses.asdict(self.model), self.train_index.fingerprint, self.init_fingerprint]
+        parts = [self.kind, config, to_json(self.model), self.train_index.fingerprint, self.init_fingerprint]
         return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()
 
     @property

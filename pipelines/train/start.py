@@ -106,7 +106,7 @@ def _check_init_from(directory: str, model: BLTConfig | EntropyModelConfig, patc
     if patching is not None and (differing := patching_differences(patching, found)):
         raise ConfigError(
             f'key "init_from": the patches of the data are not those that {directory} was trained on: '
-            f"{'; '.join(differing)} (patch the documents with the model's entropy model and rule, or set "
+            f"{'; '.join(differing)} (patch the documents with `blt patch --model {directory}`, or set "
             "init_other_patches=true)"
         )
     return language_model_fingerprint(local)
@@ -121,7 +121,7 @@ def _check_shape(directory: str, found: BLTConfig | EntropyModelConfig, wanted: 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for name, value in wanted.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and isinstance(found[name], dict):
             yield from _differing(found[name], value, f"{prefix}{name}.")
         elif found[name] != value:
             yield f"{prefix}{name} is {found[name]} there, {value} here"

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from blt import attention
 from blt.attention import causal_attention, causal_spans, document_starts, documents_from_eos
-from blt.layers import rotate, rotations
+from blt.layers import RopeScaling, frequencies, rotate, rotations
 from tests.model_cases import transformer_config
+from tests.oracle import scaled_frequency
 
 HEADS, HEAD_WIDTH = 2, 4
 
@@ -139,6 +140,17 @@ def test_rotations_against_float64() -> None:
     bound = 2e-7 + positions[0, :, None] * 2.0**-22
     assert bool(((found.real - angles.cos()).abs() <= bound).all())
     assert bool(((found.imag - angles.sin()).abs() <= bound).all())
+
+
+def test_scaled_frequencies_pair_by_pair() -> None:
+    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    config = transformer_config(width=128, heads=1, rope_theta=500000.0, rope_scaling=scaling)  # Llama 3.1's
+    found = frequencies(config, torch.device("cpu")).double()
+    plain = 500000.0 ** (-torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    expected = torch.stack([scaled_frequency(frequency, scaling) for frequency in plain])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)  # float32 powers carry 1e-6
+    shares = expected / plain
+    assert [int((shares == share).sum()) for share in (1.0, 0.125)] == [29, 29]  # the other 6 lie between
 
 
 def test_rotate_turns_interleaved_pairs() -> None:

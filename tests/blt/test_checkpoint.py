@@ -1,6 +1,7 @@
 """Checkpoints: what is saved is what is loaded, and every kind of damage is one line that names the file."""
 
 import json
+import os
 import pickle
 import re
 from collections.abc import Callable
@@ -20,11 +21,15 @@ from blt.checkpoint import (
     model_kind,
     save_entropy_model,
     save_language_model,
+    weights_fingerprint,
 )
 from blt.config_json import canonical_text, from_json, to_json
-from blt.entropy_model import EntropyModel
+from blt.entropy_model import EntropyModel, EntropyModelConfig
 from blt.errors import CheckpointError
+from blt.layers import RopeScaling
+from blt.model import BLT
 from blt.patching import PatchRule
+from tests.model_cases import blt_config, transformer_config
 
 Build = Callable[..., LanguageModel]
 
@@ -68,6 +73,20 @@ def test_the_kind_of_a_directory_is_told_without_its_weights(saved: Path) -> Non
         model_kind(saved / "nowhere")
 
 
+def test_files_are_for_whom_the_umask_lets_read_them(language_model: Build, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_language_model(language_model(), tmp_path / "model")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {
+        "config.json": 0o640,
+        "model.safetensors": 0o640,
+    }
+    assert len(files) == 4
+
+
 def test_a_second_save_replaces_the_first(saved: Path, language_model: Build) -> None:
     lm = language_model()
     with torch.no_grad():
@@ -97,6 +116,29 @@ def test_fingerprint_sees_configuration_values_dtype_but_not_the_object(small_en
     with torch.no_grad():
         small_entropy_model.norm.weight[0] += 1e-6
     assert fingerprint(small_entropy_model) != first
+
+
+def test_fingerprints_of_models_without_scaled_angles_are_those_of_before_there_were_any(
+    small_entropy_model: EntropyModel,
+) -> None:
+    """As computed before `rope_scaling` was a key: datasets, checkpoints and runs are found by them."""
+    shape = EntropyModelConfig(transformer=transformer_config())
+    assert weights_fingerprint(blt_config(), ()).startswith("3e3e1f8e8af3bc5c20e7ff03e01ff320")
+    assert weights_fingerprint(shape, ()).startswith("802a3e2cc0f502fa5066398cb5a9306b")
+    first, twin = fingerprint(small_entropy_model), EntropyModel(small_entropy_model.config)
+    twin.load_state_dict(small_entropy_model.state_dict())
+    scaled = replace(twin.config.transformer, rope_scaling=RopeScaling(factor=8))
+    twin.config = replace(twin.config, transformer=scaled)
+    assert fingerprint(twin) != first
+
+
+def test_scaled_angles_are_kept_and_left_out_where_there_are_none(language_model: Build, tmp_path: Path) -> None:
+    lm = language_model()
+    save_language_model(lm, tmp_path)
+    assert "rope_scaling" not in (tmp_path / "config.json").read_text()
+    shape = replace(lm.config, latent=replace(lm.config.latent, rope_scaling=RopeScaling(factor=8, low_freq_factor=2)))
+    save_language_model(replace(lm, config=shape, model=BLT(shape)), tmp_path)
+    assert load(tmp_path).config == shape
 
 
 def test_loading_initialises_nothing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from blt import attention
 from blt.entropy_model import EntropyModel, EntropyModelConfig
-from blt.layers import TransformerConfig
+from blt.layers import RopeScaling, TransformerConfig
 from blt.local_encoder import CrossAttentionConfig, HashEmbeddingConfig
 from blt.loss import summed_cross_entropy
 from blt.model import BLT, BLTConfig
@@ -48,6 +48,7 @@ def transformers(draw: st.DrawFn, width: int, max_layers: int, windows: list[int
         ffn_multiple_of=8,
         window=draw(st.sampled_from(windows)),
         rope_theta=draw(st.sampled_from([100.0, 10000.0, 500000.0])),
+        rope_scaling=draw(st.sampled_from([None, RopeScaling(factor=4.0, original_max_position_embeddings=20)])),
         norm_eps=draw(st.sampled_from([1e-5, 1e-2])),
     )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from blt.checkpoint import LanguageModel
 from blt.entropy_model import STREAM_BYTES, EntropyModel, EntropyModelConfig
 from blt.generation import Decoder, generate, stream
+from blt.layers import RopeScaling
 from blt.model import BLT, BLTConfig
 from blt.online_blt import OnlineBLT
 from blt.patching import PatchRule, starts_to_lengths
@@ -26,13 +27,16 @@ FLOAT32 = 1e-4
 HASHES: list[dict[str, object]] = [{}, {"group_sizes": ()}, {"group_sizes": (1, 8), "functions": 2}]
 
 
+SCALING = RopeScaling(factor=8.0, original_max_position_embeddings=16)
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> BLTConfig:
     encoder_layers = draw(st.sampled_from(["all", "last", "none"]))
     local: dict[str, object] = {"window": draw(st.sampled_from([1, 2, 7])), "rope_theta": 500.0}
     return blt_config(
         encoder=local | {"layers": draw(st.integers(1, 2)), "kv_heads": draw(st.sampled_from([None, 1]))},
-        latent={"kv_heads": draw(st.sampled_from([None, 1]))},
+        latent={"kv_heads": draw(st.sampled_from([None, 1])), "rope_scaling": draw(st.sampled_from([None, SCALING]))},
         decoder={"layers": draw(st.integers(1, 2)), "window": draw(st.sampled_from([3, 7]))},
         cross={
             "encoder_layers": encoder_layers,

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import signal
@@ -21,8 +22,9 @@ from rich.console import Console
 from blt.errors import CheckpointError, ConfigError, DataError
 from jobs import invocation
 from jobs.action import Action
+from jobs.annotation import field_types
 from jobs.command_line import main
-from jobs.invocation import COMMANDS, Command
+from jobs.invocation import COMMANDS, Command, understand
 from jobs.record import JobResult
 
 
@@ -273,3 +275,12 @@ def test_help_lists_commands_and_settings(command: Callable[..., None], capsys: 
     assert "Say something." in text
     assert "  text = hello  [text]\n      What to say." in text
     assert max(map(len, (overview + text).splitlines())) <= 100
+
+
+def test_who_reads_a_model_takes_it_as_an_option_too() -> None:
+    """`export` and `patch` have `--model`, so nobody should have to know which others do."""
+    keys = {name: field_types(importlib.import_module(it.module).Config) for name, it in COMMANDS.items()}
+    readers = [name for name in keys if keys[name].get("model") in (str, str | None)]
+    assert {"eval", "eval characters", "eval harness", "generate", "inspect", "export", "patch"} <= set(readers)
+    for name in readers:
+        assert "model=somewhere" in understand(name, ["--model", "somewhere"]).settings

@@ -7,7 +7,11 @@ and the hash tables, which hold more than all the rest but in the 8B model. A na
 none of these counts; how far they lie from it stands below.
 """
 
+import dataclasses
 import importlib
+import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +19,9 @@ from torch import nn
 from transformers import BltConfig, BltForCausalLM
 
 from blt.entropy_model import EntropyModel
+from blt.errors import CheckpointError, ConfigError
 from blt.flops import Stack, blt_flops_per_byte, entropy_flops_per_byte, flops_per_byte
+from blt.interop.llama import llama_blocks
 from blt.layers import TransformerConfig
 from blt.memory_ledger import parameters_by_part
 from blt.model import BLT, BLTConfig
@@ -68,6 +74,44 @@ def test_a_published_size_sets_only_known_keys(name: str) -> None:
     assert config.gpus_per_worker == 1
     assert config.optimizer.lr == 4e-4
     assert config.global_batch % (config.workers * config.micro_batch) == 0
+
+
+LLAMA_3_1_8B = {
+    "model_type": "llama",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+}
+"""What the published config.json of Llama 3.1 8B says of its shape."""
+
+
+def test_the_readmes_settings_for_llama_3_1_fit_it(tmp_path: Path) -> None:
+    """All of its config.json is taken; the weights, which are not here, are what is missing."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"--init-latent-from Llama-3.1-8B --config (.*?) \.\.\.", readme)
+    name, *settings = line.split()
+    shape = load_config(train.Config, find_config(name), ["data=x", "output=x", *settings]).model
+    assert shape is not None
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_1_8B))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: no such file"):
+        llama_blocks(tmp_path, shape)
+    with pytest.raises(ConfigError, match="does not fit"):
+        llama_blocks(tmp_path, dataclasses.replace(shape, latent=dataclasses.replace(shape.latent, rope_scaling=None)))
 
 
 @pytest.mark.parametrize("name", [name for name in packaged_configs() if name not in PATHS])

@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 import ray
 
-from blt.checkpoint import save_language_model
+from blt.checkpoint import entropy_model_fingerprint, save_language_model
 from blt.device_peak import PUBLISHED
+from blt.layers import RopeScaling
 from blt.patching import PatchRule
 from jobs.command_line import main
+from pipelines.manifest import Patching
 from tests.llama_checkpoint import SHAPE, write_llama
 from tests.pipelines.patch.corpus import prose, write_documents
 from tests.pipelines.train.patched import PATCHING, random_document, write_patches
 from tests.pipelines.train.tiny_run import write_tiny_patches
-from tests.small_language_model import small_language_model
+from tests.small_language_model import RULE, save_small_language_model, small_language_model
 
 CONFIG = """
 steps: 40
@@ -174,13 +176,20 @@ def test_a_run_from_a_llama_shows_what_goes_where(
         assert told in shown
     given = [*command, "--init-latent-from", str(tmp_path / "llama")]
     assert "0.5 x that of the rest" in whole_output([*given, "optimizer.latent_lr_scale=0.5"], capsys)
-    write_llama(tmp_path / "scaled", shape, rope_parameters={"rope_type": "llama3", "factor": 8.0})
-    status, error = failure([*command, "--init-latent-from", str(tmp_path / "scaled")], capsys)
+    write_llama(tmp_path / "scaled", replace(shape, rope_scaling=RopeScaling(factor=8.0)))
+    scaled = [*command, "--init-latent-from", str(tmp_path / "scaled")]
+    status, error = failure(scaled, capsys)
     assert status == 2
     assert error.startswith(
         f'key "init_latent_from": {tmp_path}/scaled/config.json does not fit the key "model.latent": '
     )
-    assert "rope_type is 'llama3' there, and can only be 'default' here" in error
+    assert "rope_scaling is factor=8.0 low_freq_factor=1.0" in error
+    assert f"Latent transformer from {tmp_path / 'scaled'}: 2 layers" in whole_output(
+        [*scaled, "model.latent.rope_scaling.factor=8"], capsys
+    )
+    status, error = failure([*given, "model.latent.rope_scaling.factor=0.5"], capsys)
+    assert status == 2
+    assert error.endswith('key "model.latent.rope_scaling.factor" must be at least 1 and finite, got 0.5')
 
 
 def whole_output(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -205,6 +214,28 @@ def test_the_shape_may_be_that_of_the_model_to_start_from(
     assert found["parameters"] == sum(p.numel() for p in small_language_model().model.parameters())
     with_llama = [*given, "--init-latent-from", "x"]
     assert failure(with_llama, capsys)[0] == 2
+
+
+def test_the_entropy_model_may_be_that_of_the_model_to_start_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = save_small_language_model(tmp_path / "model", RULE)
+    patching = Patching(
+        entropy_model=entropy_model_fingerprint(tmp_path / "model/entropy_model"),
+        rule=RULE,
+        reset_on_newline=False,
+        dtype="float32",
+        device="cpu",
+    )
+    documents = {f"{split}/a.parquet": [random_document(1, 90)] for split in ("train", "valid")}
+    own = write_patches(tmp_path / "own", documents, patching=patching)
+    other = write_patches(tmp_path / "other", documents, patching=replace(patching, entropy_model="ab" * 32))
+    sizes = ["steps=2", "global_batch=2", "sequence_bytes=512", "sequence_patches=200"]
+    command = ["train", f"output={tmp_path / 'out'}", *sizes, "--init-from", directory]
+    assert figures_of([*command, f"data={own}"], capsys)["parameters"]
+    status, error = failure([*command, f"data={other}", "init_other_patches=true"], capsys)
+    assert status == 2
+    assert error.startswith('key "entropy_model" is missing: the patches of')
 
 
 def failure(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

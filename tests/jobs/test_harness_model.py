@@ -1,7 +1,5 @@
 """The adapter to lm-evaluation-harness on small local tasks, without a network: the harness's figures are those
 computed here from the logits of whole texts.
-
-Skipped without the extra `eval`; `make test-eval` installs it first.
 """
 
 import json
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lm_eval.api.instance import Instance
 
 from blt.checkpoint import LanguageModel, load
 from blt.entropy_model import document_entropies
@@ -22,15 +21,10 @@ from blt.errors import ConfigError
 from blt.generation import generate
 from blt.patching import PatchRule, document_patch_starts
 from blt.vocabulary import BOS, EOS, encode
-from tests.small_language_model import save_small_language_model
-
-pytest.importorskip("lm_eval", reason="needs the extra eval (make test-eval)")
-
-from lm_eval.api.instance import Instance
-
 from jobs.command_line import main
 from jobs.harness_model import HarnessModel, decoded, generation
 from pipelines.evaluate.respondent import Generation
+from tests.small_language_model import save_small_language_model
 
 QUESTIONS = [
     {"question": "Which of them is a colour?", "choices": ["green", "Überbau", "a"], "answer": 0},
@@ -288,3 +282,11 @@ def test_other_arguments_are_refused(model: str) -> None:
     with pytest.raises(ConfigError, match="dtype"):
         HarnessModel(model, dtype="float16")
     assert HarnessModel(model, device="cuda:0", batch_size="auto").batch_sizes == {0: 16}
+
+
+def test_without_the_extra_it_is_named(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "lm_eval" else pytest.fail(name))
+    assert main(["eval", "harness", f"model={model}", "tasks=any"]) == 2
+    assert 'pip install \\"blt-ray[eval]\\"' in capsys.readouterr().out

@@ -14,12 +14,15 @@ from transformers import LlamaForCausalLM
 from blt.errors import CheckpointError, ConfigError
 from blt.interop.llama import interleaved, llama_blocks
 from blt.latent_transformer import LatentTransformer
-from blt.layers import TransformerConfig, context
+from blt.layers import RopeScaling, TransformerConfig, context, frequencies
 from blt.model import BLT
 from tests.llama_checkpoint import SHAPE, change_config, write_llama
 from tests.model_cases import blt_config
 
 GQA = replace(SHAPE, width=48, layers=3, heads=6, kv_heads=2, rope_theta=500000.0, norm_eps=1e-6)
+SCALED = replace(
+    GQA, width=192, rope_theta=10000.0, rope_scaling=RopeScaling(factor=8.0, original_max_position_embeddings=64)
+)
 MODEL = blt_config()
 
 
@@ -44,7 +47,7 @@ def hidden_states(llama: LlamaForCausalLM, x_BPG: Tensor) -> tuple[Tensor, Tenso
     return found[0], normed
 
 
-@pytest.mark.parametrize("shape", [SHAPE, GQA], ids=["heads", "grouped"])
+@pytest.mark.parametrize("shape", [SHAPE, GQA, SCALED], ids=["heads", "grouped", "scaled"])
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["one file", "index"])
 def test_hidden_states_are_those_of_transformers(tmp_path: Path, shape: TransformerConfig, shard_bytes: int) -> None:
     llama = write_llama(tmp_path, shape, shard_bytes=shard_bytes)
@@ -62,6 +65,47 @@ def test_hidden_states_are_those_of_transformers(tmp_path: Path, shape: Transfor
         # The test could tell a wrong layout: rows as they are stored give other states.
         latent.blocks[0].attention.wqkv.weight[: shape.width] = llama.model.layers[0].self_attn.q_proj.weight
         assert float((latent(x_BPG, context(shape, torch.zeros(2, 300, dtype=torch.int64))) - before).abs().max()) > 0.1
+
+
+def test_scaled_angles_decide_the_hidden_states(tmp_path: Path) -> None:
+    """Some pairs of SCALED keep their frequency, some get an eighth, some lie between, and the states tell of it."""
+    write_llama(tmp_path, SCALED)
+    model, plain = started(tmp_path, SCALED), replace(SCALED, rope_scaling=None)
+    cpu = torch.device("cpu")
+    shares = (frequencies(SCALED, cpu) / frequencies(plain, cpu)).tolist()
+    assert {1.0, 0.125} < set(shares)
+    assert all(0.125 <= share <= 1 for share in shares)
+    x_BPG = torch.randn(1, 300, SCALED.width, generator=torch.Generator().manual_seed(1))
+    ids = torch.zeros(1, 300, dtype=torch.int64)
+    states = [x_BPG, x_BPG]
+    with torch.no_grad():
+        for layer, block in enumerate(model.latent.blocks):
+            states = [block(x, context(it, ids), layer) for x, it in zip(states, (SCALED, plain), strict=True)]
+    assert float((states[0] - states[1]).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["with the original length", "as long as it may be"])
+def test_older_files_say_scaled_angles_in_other_keys(tmp_path: Path, keep: bool) -> None:
+    write_llama(tmp_path, SCALED)
+    older: dict[str, Any] = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"}
+    if keep:
+        older["original_max_position_embeddings"] = 64
+    change_config(
+        tmp_path,
+        rope_parameters=None,
+        rope_scaling=older,
+        rope_theta=10000.0,
+        max_position_embeddings=512 if keep else 64,
+    )
+    assert llama_blocks(tmp_path, replace(MODEL, latent=SCALED)).shape == SCALED
+
+
+def test_the_refusal_of_scaled_angles_says_the_keys_that_would_do(tmp_path: Path) -> None:
+    write_llama(tmp_path, SCALED)
+    with pytest.raises(ConfigError) as refused:
+        llama_blocks(tmp_path, replace(MODEL, latent=replace(SCALED, rope_scaling=None)))
+    there = "factor=8.0 low_freq_factor=1.0 high_freq_factor=4.0 original_max_position_embeddings=64"
+    assert str(refused.value).endswith(f"rope_scaling is {there} there, latent.rope_scaling is null here")
 
 
 def test_interleaved_rows() -> None:
@@ -143,17 +187,21 @@ def test_half_precision_weights_are_taken_exactly(tmp_path: Path) -> None:
         ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06 there, latent.norm_eps is 1e-05 here"),
         ({"rope_parameters": None, "rope_theta": 5e5}, "rope_theta is 500000.0 there, latent.rope_theta is 10000.0"),
         (
-            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0}},
-            "rope_type is 'llama3' there, and can only be 'default' here",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0}},
+            "rope_type is 'yarn' there, and can only be 'default' or 'llama3' here",
         ),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_type is 'linear' there, and can only be 'default' here",
+            "rope_type is 'linear' there, and can only be 'default' or 'llama3' here",
         ),
         ({"attention_bias": True}, "attention_bias is True there, and can only be False here"),
         ({"mlp_bias": True}, "mlp_bias is True there, and can only be False here"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu' there, and can only be 'silu' here"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5 there, and can only be 1.0 here"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5 there, and can only be 1.0 here",
+        ),
         (
             {"quantization_config": {"bits": 4}},
             r"quantization_config is \{'bits': 4\} there, and can only be None here",
@@ -226,6 +274,14 @@ def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="no whole safetensors file"):
         llama_blocks(tmp_path, MODEL)
+    for rope, message in (
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}, "argument high_freq_factor is missing"),
+        ({"rope_type": "llama3", "factor": 0.5, "low_freq_factor": 1, "high_freq_factor": 4}, "factor must be at"),
+        ({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}, "low_freq_factor must lie"),
+    ):
+        change_config(tmp_path, rope_parameters=rope)
+        with pytest.raises(CheckpointError, match=message):
+            llama_blocks(tmp_path, MODEL)
     change_config(tmp_path, hidden_size="many")
     with pytest.raises(CheckpointError, match="hidden_size must be a whole number"):
         llama_blocks(tmp_path, MODEL)

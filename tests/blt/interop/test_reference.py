@@ -219,6 +219,7 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         ({"downsampling_by_pooling": "topk"}, "downsampling_by_pooling must be"),
         ({"dim_token": 64}, "dim_token must be 32"),
         ({"n_layers_global": "2"}, "n_layers_global must be a whole number"),
+        ({"n_layers_global": 2.5}, "n_layers_global must be a whole number"),
         ({"n_heads_global": None}, "n_heads_global is missing"),
         ({"n_heads_global": 7}, "multiple of"),
     ],
@@ -226,6 +227,13 @@ def test_tensors_that_do_not_fit_are_named() -> None:
 def test_arguments_that_are_not_computed_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_reference(random_state(blt_shapes()), BLT_ARGUMENTS | change)
+
+
+def test_whole_numbers_may_be_written_as_floats() -> None:
+    floats = {name: float(value) for name, value in BLT_ARGUMENTS.items() if type(value) is int}
+    assert len(floats) > 5
+    state = random_state(blt_shapes())
+    assert from_reference(state, BLT_ARGUMENTS | floats).config == from_reference(state, BLT_ARGUMENTS).config
 
 
 def test_unknown_entropy_argument() -> None:

@@ -16,9 +16,12 @@ from blt.checkpoint import LanguageModel, fingerprint
 from blt.entropy_model import document_entropies
 from blt.errors import CheckpointError, ConfigError
 from blt.interop import from_transformers, to_transformers
+from blt.layers import RopeScaling
 from blt.model import BLT
 from blt.patching import PatchRule, document_patch_starts, patch_lengths
 from blt.vocabulary import BOS, encode
+
+SCALING = RopeScaling(factor=8.0, original_max_position_embeddings=16)  # far less than the text is long
 
 Build = Callable[..., LanguageModel]
 TEXT = b"We hold these truths to be self-evident, that all men are created equal, \xc3\xa9 1776."
@@ -48,13 +51,18 @@ def variants(lm: LanguageModel) -> dict[str, LanguageModel]:
             local_encoder=replace(config.local_encoder, window=None, rope_theta=777.0),
             local_decoder=replace(config.local_decoder, window=None, ffn_multiplier=0.5),
         ),
+        "scaled angles": replace(
+            config,
+            local_encoder=replace(config.local_encoder, rope_scaling=SCALING),
+            latent=replace(config.latent, rope_scaling=replace(SCALING, factor=2.5, low_freq_factor=0.5)),
+        ),
     }
     torch.manual_seed(2)
     return {name: replace(lm, config=shape, model=BLT(shape)) for name, shape in others.items()}
 
 
 NAMES = ("plain", "four slots", "first decoder layer", "one slot, grouped latent")
-NAMES += ("last of two encoder layers", "no window, own angles")
+NAMES += ("last of two encoder layers", "no window, own angles", "scaled angles")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -219,7 +227,7 @@ def test_parts_that_are_refused(language_model: Build, tmp_path: Path) -> None:
     original = json.loads(path.read_text()) | {"blt_ray": None}
     for part, change, message in (
         ("global_config", {"hidden_act": "gelu"}, "global_config: argument hidden_act must be 'silu'"),
-        ("global_config", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be 'default'"),
+        ("global_config", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be 'default' or 'llama3'"),
         ("decoder_config", {"num_key_value_heads": 1}, "num_key_value_heads"),
         ("patcher_config", {"sliding_window": None}, "sliding_window"),
     ):

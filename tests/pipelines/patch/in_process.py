@@ -1,5 +1,6 @@
 """A pool of one actor in this process, for tests of what is around the pool; others run it on Ray."""
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,9 @@ from pipelines.actor_pool import ActorPoolConfig, Unit
 
 
 def use_in_process_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let patching and verification run their units here, in order."""
-    for module in ("dataset", "verify"):
-        monkeypatch.setattr(f"pipelines.patch.{module}.run_units", _run_units)
+    """Let calibration, patching and verification run their units here, in order."""
+    for name in ("calibrate", "dataset", "verify"):  # modules: one of them has the name of a function beside it
+        monkeypatch.setattr(importlib.import_module(f"pipelines.patch.{name}"), "run_units", _run_units)
 
 
 def _run_units(
@@ -20,4 +21,5 @@ def _run_units(
     pool = actor(**arguments)
     for unit in units:
         batch = pool({name: [value] for name, value in unit.items()})
-        yield {name: values[0] for name, values in batch.items()}
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))

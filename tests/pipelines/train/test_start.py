@@ -14,6 +14,7 @@ from blt.checkpoint import language_model_fingerprint, load, save_language_model
 from blt.entropy_model import EntropyModelConfig
 from blt.errors import ConfigError
 from blt.interop.llama import llama_blocks
+from blt.layers import RopeScaling
 from blt.model import BLT, BLTConfig
 from blt.optim import OptimizerConfig
 from blt.patching import PatchRule
@@ -147,6 +148,9 @@ def test_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:
     other: BLTConfig = blt_config(latent={"layers": 3})
     with pytest.raises(ConfigError, match=r"another shape than the key \"model\": latent.layers is 2 there, 3 here"):
         check_start(replace(CONFIG, init_from=str(tmp_path)), other, patching_of(tmp_path))
+    scaled = blt_config(latent={"rope_scaling": RopeScaling(factor=8)})
+    with pytest.raises(ConfigError, match=r"latent.rope_scaling is None there, \{'factor': 8, .*\} here"):
+        check_start(replace(CONFIG, init_from=str(tmp_path)), scaled, patching_of(tmp_path))
 
 
 @pytest.mark.s3
