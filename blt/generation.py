@@ -19,6 +19,7 @@ from blt.errors import ConfigError
 from blt.online_patches import OnlinePatches
 from blt.recorded_steps import online_blt
 from blt.sampling import Sampling, next_ids
+from blt.speculation import SpeculativeDecoder
 from blt.vocabulary import BOS, BYTE_OFFSET, EOS, encode
 
 
@@ -109,7 +110,7 @@ def continuations(
     seeds = [sampling.seed] * len(checked) if seeds is None else seeds
     if len(seeds) != len(checked):
         raise ConfigError(f"seed must be one number, or one for each of {len(checked)} prompts, got {len(seeds)}")
-    return _pieces(Decoder(lm, len(checked)), checked, max_new_bytes, sampling, seeds, stops)
+    return _pieces(_decoder(lm, len(checked)), checked, max_new_bytes, sampling, seeds, stops)
 
 
 class Decoder:
@@ -146,8 +147,16 @@ class Decoder:
         self.starts = [self.starts[document] for document in documents]
 
 
+def _decoder(lm: LanguageModel, num_documents: int) -> Decoder | SpeculativeDecoder:
+    """The fastest: one document on a CPU is read ahead where that saves passes of the entropy model."""
+    reads_ahead = lm.patch_rule.needs_entropies and lm.entropy_model is not None
+    if num_documents == 1 and reads_ahead and lm.model.local_decoder.output.weight.is_cpu:
+        return SpeculativeDecoder(lm)
+    return Decoder(lm, num_documents)
+
+
 def _pieces(
-    decoder: Decoder,
+    decoder: Decoder | SpeculativeDecoder,
     prompts: Sequence[bytes],
     max_new_bytes: int,
     sampling: Sampling,
