@@ -1,6 +1,12 @@
-"""A Ray cluster of one node with a job server, as `ray start --head` makes it: on loopback, ended by its own pids."""
+"""A Ray cluster with a job server, as `ray start --head` makes it: on loopback, ended by its own pids.
+
+It has one node, or with an autoscaler (version 2, as in infra/kuberay) as many as are asked for: further raylets here,
+which Ray's provider for tests starts and ends in place of a cloud's machines. `ray.cluster_utils.AutoscalingCluster`
+is not used, since its `ray stop` ends every Ray on the machine.
+"""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -13,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray  # noqa: F401
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 # isort: split
 import psutil  # bundled with Ray, which puts it on the path
@@ -37,18 +44,43 @@ _PORTS = (
 )
 
 
+_FAKE_NODES = {
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+}
+"""What Ray's provider for tests must find in the environment of the head."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RayHead:
     """A running cluster."""
 
     address: str
     """http://127.0.0.1:PORT of its job server."""
+    gcs_address: str
+    """127.0.0.1:PORT, what RAY_ADDRESS names."""
     directory: Path
     """Its temporary directory, with the logs."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Autoscaler:
+    """Which nodes may be added to the head."""
+
+    node_resources: Mapping[str, float]
+    """Of a node, by Ray's names: CPU, GPU, object_store_memory, ..."""
+    max_nodes: int
+    idle_seconds: float
+    """After which a node that nothing runs on is ended."""
+
+
 @contextlib.contextmanager
-def ray_head(environment: Mapping[str, str], num_cpus: int = 4) -> Iterator[RayHead]:
+def ray_head(
+    environment: Mapping[str, str], num_cpus: int = 4, autoscaler: Autoscaler | None = None
+) -> Iterator[RayHead]:
     """A cluster whose processes have these variables and no others of Ray or AWS; ended with the block."""
     bin_directory = str(Path(sys.executable).parent)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_", "PYTHONPATH"))}
@@ -62,15 +94,58 @@ def ray_head(environment: Mapping[str, str], num_cpus: int = 4) -> Iterator[RayH
         *("--object-store-memory=150000000", "--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={directory}"),
         *(f"--{name}={port}" for name, port in ports.items()),
     ]
+    gcs_address = f"127.0.0.1:{ports['port']}"
+    if autoscaler is not None:
+        file = directory / "autoscaler.json"
+        file.write_text(json.dumps(_autoscaling(autoscaler, gcs_address, num_cpus)))
+        command.append(f"--autoscaling-config={file}")
+        quiet |= _FAKE_NODES
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=kept | quiet | dict(environment))
     address = f"http://127.0.0.1:{ports['dashboard-port']}"
     try:
         _wait_until_ready(process, address, directory / "log")
-        yield RayHead(address=address, directory=directory)
+        yield RayHead(address=address, gcs_address=gcs_address, directory=directory)
     finally:
         _end(process)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _autoscaling(autoscaler: Autoscaler, gcs_address: str, num_cpus: int) -> dict[str, object]:
+    """The configuration of the autoscaler, with all that `ray up` would have filled in."""
+    provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    lists = ("cluster_synced_files", "initialization_commands", "rsync_exclude", "rsync_filter", "setup_commands")
+    lists = (
+        *lists,
+        *(f"{kind}_{which}" for kind in ("head", "worker") for which in ("setup_commands", "start_ray_commands")),
+    )
+    return {
+        "cluster_name": "tests",
+        "max_workers": autoscaler.max_nodes,
+        "idle_timeout_minutes": autoscaler.idle_seconds / 60,
+        "provider": {
+            "type": "external",
+            "module": provider,
+            "gcs_address": gcs_address,
+            "head_node_id": FAKE_HEAD_NODE_ID,
+            "launch_multiple": True,
+        },
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": num_cpus}, "node_config": {}, "max_workers": 0},
+            "added": {
+                "resources": dict(autoscaler.node_resources),
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": autoscaler.max_nodes,
+            },
+        },
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        **{name: list[str]() for name in lists},
+    }
 
 
 def _free_ports(count: int) -> list[int]:
