@@ -13,12 +13,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 from blt.errors import ConfigError
+from jobs.cluster.submission import Submission
+from jobs.configuration import to_plain
 from jobs.failure import exit_status, mendable, message
 from jobs.help import overview
-from jobs.invocation import COMMANDS, split_command, understand
+from jobs.invocation import COMMANDS, Call, split_command, understand
 from jobs.log import log_to
 from jobs.record import JobResult
 from jobs.standard_output import READER_GONE, discard_output, reader_is_gone
+from pipelines.log_line import add_fields, are_json
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +65,15 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     if call.help is not None:
         print(call.help)
         return 0
-    with log_to(call.log_file, verbose=call.verbose):
-        return _outcome(f"blt {name}", lambda: call.run(call.load()))
+    with log_to(call.log_file, verbose=call.verbose, log_format=call.log_format):
+        return _outcome(f"blt {name}", lambda: _work(call))
+
+
+def _work(call: Call) -> JobResult:
+    config = call.load()
+    submission = Submission(command=call.name, action=call.action, config=to_plain(config))
+    add_fields(run=submission.run, command=call.name)
+    return call.run(config)
 
 
 def _outcome(program: str, work: Callable[[], JobResult]) -> int:
@@ -76,6 +86,8 @@ def _outcome(program: str, work: Callable[[], JobResult]) -> int:
         # SIGTERM in a Ray session has its own code; on Ctrl-C, Ray Train's signal handler leaves with 0.
         terminated = stop.code == 128 + signal.SIGTERM
         return _fail(program, *("terminated", 128 + signal.SIGTERM) if terminated else ("interrupted", INTERRUPTED))
+    except KeyboardInterrupt as error:
+        return _fail(program, _first_line(error) or "interrupted", INTERRUPTED)
     except Exception as error:
         if reader_is_gone(error):
             raise
@@ -91,7 +103,10 @@ def _outcome(program: str, work: Callable[[], JobResult]) -> int:
 
 
 def _fail(program: str, reason: str, status: int) -> int:
-    print(f"{program}: error: {reason}", file=sys.stderr, flush=True)
+    if are_json():
+        logger.error("%s: error: %s", program, reason)
+    else:
+        print(f"{program}: error: {reason}", file=sys.stderr, flush=True)
     print(json.dumps({"status": "failed", "error": reason}, ensure_ascii=False), flush=True)
     return status
 

@@ -15,6 +15,7 @@ _OPTIONS = {
     "--config FILE": "YAML file with settings, or the bare name of a packaged one",
     "KEY=VALUE": "a setting by its dotted key, over those of the file; the value is YAML",
     "--log-file FILE": "write the log, with details, to this file too",
+    "--log-format FORMAT": "text, or json: an object on each line, of workers too",
     "--verbose": "details in the log on standard error",
     "--help": "this text",
 }

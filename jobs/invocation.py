@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Mapping, 
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from blt.errors import ConfigError
 from jobs.action import Action
@@ -19,6 +19,7 @@ from jobs.annotation import field_types
 from jobs.cluster.places import refuse_credentials_in
 from jobs.configuration import PACKAGED_CONFIGS, find_config, load_config, to_plain
 from jobs.help import command_help
+from jobs.log import LogFormat
 from jobs.record import JobResult
 
 _SETTING = re.compile(r"[A-Za-z_][\w.-]*=")
@@ -75,6 +76,7 @@ class Call:
     """The command's help, if that is asked for; then nothing else of the call was looked at."""
     verbose: bool
     log_file: Path | None
+    log_format: LogFormat
     file: Path | None
     """The configuration file."""
     settings: Sequence[str]
@@ -138,6 +140,7 @@ def understand(name: str, arguments: Sequence[str]) -> Call:
         help=help_text,
         verbose=options.verbose,
         log_file=options.log_file,
+        log_format=options.log_format,
         file=file,
         settings=settings + [f"{key}={value}" for key, value in given.items() if value is not None],
         given={**places, **({rest_key: list(rest)} if rest_key and rest else {})},
@@ -147,7 +150,7 @@ def understand(name: str, arguments: Sequence[str]) -> Call:
 def _before_command(arguments: Sequence[str], with_value: Collection[str]) -> tuple[Sequence[str], Sequence[str]]:
     """The arguments before the first one that is neither an option, nor an option's value, nor KEY=VALUE; the rest."""
     takes_next = False
-    options = {f"--{option}" for option in (*with_value, "config", "log-file")}
+    options = {f"--{option}" for option in (*with_value, "config", "log-file", "log-format")}
     for index, argument in enumerate(arguments):
         if not takes_next and not argument.startswith("-") and not _SETTING.match(argument):
             return arguments[:index], arguments[index:]
@@ -201,6 +204,7 @@ def _parser(name: str, actions: Collection[str], own_options: Mapping[str, str],
     parser.add_argument("--config")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--log-file", type=Path)
+    parser.add_argument("--log-format", choices=get_args(LogFormat), default="text")
     parser.add_argument("-h", "--help", action="store_true")
     parser.set_defaults(action=None)
     if actions:

@@ -1,7 +1,7 @@
 """Where log lines go: to standard error, and to a file if one is asked for.
 
-A line is `time level logger message key=value ...`. Both take what happens from this project's loggers, and warnings
-from others; `verbose` and the file take the details too.
+A line is `time level logger message key=value ...`, or with `json` an object of pipelines/log_line.py. Both places take
+what happens from this project's loggers, and warnings from others; `verbose` and the file take the details too.
 """
 
 import contextlib
@@ -9,11 +9,13 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Literal, TextIO
 
 from blt.errors import ConfigError
+from pipelines.log_line import JsonLines, LineFilter, json_lines
 
-OWN_LOGGERS = ("blt", "pipelines", "jobs")
+LogFormat = Literal["text", "json"]
+
 _FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
@@ -33,13 +35,13 @@ class _StandardErrorHandler(logging.StreamHandler[TextIO]):
 
 
 @contextlib.contextmanager
-def log_to(file: Path | None, *, verbose: bool) -> Iterator[None]:
+def log_to(file: Path | None, *, verbose: bool, log_format: LogFormat = "text") -> Iterator[None]:
     """Sends log lines on for the length of the block. ConfigError if the file cannot be written."""
-    handlers = [_handler(_StandardErrorHandler(), details=verbose, time_format="%H:%M:%S")]
+    handlers = [_handler(_StandardErrorHandler(), log_format, details=verbose, time_format="%H:%M:%S")]
     if file is not None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(_handler(logging.FileHandler(file, encoding="utf-8"), details=True))
+            handlers.append(_handler(logging.FileHandler(file, encoding="utf-8"), log_format, details=True))
         except OSError as error:
             raise ConfigError(f"--log-file {file}: cannot be written: {error.strerror}") from error
     root, level = logging.getLogger(), logging.getLogger().level
@@ -47,7 +49,8 @@ def log_to(file: Path | None, *, verbose: bool) -> Iterator[None]:
     for handler in handlers:
         root.addHandler(handler)
     try:
-        yield
+        with _as_json(details=verbose or file is not None) if log_format == "json" else contextlib.nullcontext():
+            yield
     finally:
         root.setLevel(level)
         for handler in handlers:
@@ -55,12 +58,20 @@ def log_to(file: Path | None, *, verbose: bool) -> Iterator[None]:
             handler.close()
 
 
-def _handler(handler: logging.Handler, *, details: bool, time_format: str | None = None) -> logging.Handler:
-    own, others = (logging.DEBUG, logging.INFO) if details else (logging.INFO, logging.WARNING)
-    handler.addFilter(lambda record: record.levelno >= (own if _is_own(record.name) else others))
-    handler.setFormatter(logging.Formatter(_FORMAT, time_format))
+@contextlib.contextmanager
+def _as_json(*, details: bool) -> Iterator[None]:
+    """Warnings of Python's `warnings` would be lines of text."""
+    logging.captureWarnings(True)
+    try:
+        with json_lines(details=details):
+            yield
+    finally:
+        logging.captureWarnings(False)
+
+
+def _handler(
+    handler: logging.Handler, log_format: LogFormat, *, details: bool, time_format: str | None = None
+) -> logging.Handler:
+    handler.addFilter(LineFilter(details=details))
+    handler.setFormatter(JsonLines() if log_format == "json" else logging.Formatter(_FORMAT, time_format))
     return handler
-
-
-def _is_own(name: str) -> bool:
-    return name.split(".", 1)[0] in OWN_LOGGERS

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pipelines.log_line import are_json
+
 logger = logging.getLogger(__name__)
 
 LOG_EVERY_SECONDS = 10.0
@@ -37,7 +39,7 @@ class ProgressReport(Protocol):
 @contextlib.contextmanager
 def progress(description: str, total: int | None = None, unit: str = "items") -> Iterator[ProgressReport]:
     """Shows the progress of the block. `total` is in `unit`s, None if unknown; bytes are shown as kB, MB and so on."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not are_json():
         with _bar(description, total, unit) as bar:
             yield bar
         return

@@ -31,7 +31,9 @@ import psutil  # type: ignore[import-untyped]  # bundled with Ray, which puts it
 
 from blt.errors import ConfigError
 from jobs.cluster.address import is_loopback
+from jobs.worker_lines import worker_lines
 from pipelines.environment import environment_defaults
+from pipelines.log_line import are_json, worker_runtime_env
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +88,7 @@ def _token_by_default(address: str) -> Iterator[None]:
 def _connected(address: str) -> Iterator[None]:
     try:
         _knock(address)
-        ray.init(address=address, logging_level=logging.WARNING)
+        ray.init(address=address, logging_level=logging.WARNING, runtime_env=worker_runtime_env())
     except OSError as error:  # ConnectionError of ray.init among them
         raise ConfigError(f'RAY_ADDRESS "{address}": no Ray answers there; unset it to use a local one') from error
     except AuthenticationError as error:
@@ -97,7 +99,8 @@ def _connected(address: str) -> Iterator[None]:
         ) from error
     _leave_on_sigterm()
     try:
-        yield
+        with worker_lines():
+            yield
     finally:
         ray.shutdown()
 
@@ -121,14 +124,17 @@ def _embedded(num_cpus: int | None, object_store_bytes: int) -> Iterator[None]:
             object_store_memory=object_store_bytes,
             include_dashboard=False,
             logging_level=logging.WARNING,
-            # Workers say much that is of no use here; what goes wrong in them comes back as an exception.
-            log_to_driver=False,
+            runtime_env=worker_runtime_env(),
+            # Workers say much that is of no use here; what goes wrong in them comes back as an exception. Those who ask
+            # for JSON collect it, and can leave out what they do not want.
+            log_to_driver=are_json(),
             _temp_dir=directory,
         )
         _leave_on_sigterm()
         cpus = ray.cluster_resources()["CPU"]
         logger.info("ray started seconds=%.1f cpus=%d", time.monotonic() - started, cpus)
-        yield
+        with worker_lines():
+            yield
     finally:
         with _uninterrupted():
             _end(directory)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blt.errors import ConfigError
+from jobs.log import LogFormat
 
 CONFIG_FILE = "blt-job.json"
 """The resolved configuration, in the job's working directory."""
@@ -31,7 +32,8 @@ class Submission:
     config: Mapping[str, Any]
     """Resolved, as plain values."""
     verbose: bool = False
-    """Whether its log has the details; it has no say in what the job is."""
+    """Whether its log has the details; this and the next have no say in what the job is."""
+    log_format: LogFormat = "text"
 
     @property
     def fingerprint(self) -> str:
@@ -60,6 +62,7 @@ class Submission:
         """The shell command of the job: the same command, with its configuration from CONFIG_FILE."""
         options = [f"--{self.action}"] if self.action else []
         options += ["--verbose"] if self.verbose else []
+        options += ["--log-format", self.log_format] if self.log_format != "text" else []
         return shlex.join([python, "-m", "jobs", *self.command.split(), *options, "--config", CONFIG_FILE])
 
     def metadata(self, attempt: int) -> dict[str, str]:

@@ -34,6 +34,7 @@ from jobs.cluster.submission import CONFIG_FILE, Dependencies, Submission, check
 from jobs.configuration import to_plain
 from jobs.invocation import split_command, understand
 from jobs.record import JobResult
+from pipelines.log_line import add_fields
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ REST = "command"
 def run(config: Config) -> JobResult:
     """Submit the command, or attach to the job that does it, and stay with it if that is asked for."""
     submission = resolve(config)
+    add_fields(run=submission.run)
     with tempfile.TemporaryDirectory(prefix="blt-submit-") as directory:
         package = Path(directory) / "package.zip"
         packaged = pack(config, submission, package)
@@ -153,7 +155,9 @@ def resolve(config: Config) -> Submission:
     if call.log_file is not None:
         raise ConfigError("--log-file of the command would be lost with the job's directory: `blt logs` shows its log")
     plain = to_plain(call.load())
-    submission = Submission(command=name, action=call.action, config=plain, verbose=call.verbose)
+    submission = Submission(
+        command=name, action=call.action, config=plain, verbose=call.verbose, log_format=call.log_format
+    )
     _refuse_secrets("the configuration of the command", submission.config_file)
     if local := check_places(name, plain):
         logger.warning("paths that all nodes of the cluster must share: %s", " ".join(local))

@@ -18,6 +18,7 @@ from pipelines.evaluate.prompts import Prompt, choose, prompts_of
 from pipelines.evaluate.rejects import UnitRows
 from pipelines.evaluate.scorer import Scorer
 from pipelines.evaluate.scores import CLEAN, encode_scores, scores_of
+from pipelines.log_line import add_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class EvaluateActor:
     """
 
     def __init__(self, *, config: EvaluateConfig, model: str, documents: Documents) -> None:
+        add_fields(process="evaluation actor")
         self._config, self._documents, self._model = config, documents, EvaluatedModel(model, config)
 
     def __call__(self, batch: Mapping[str, Sequence[str]]) -> dict[str, list[bytes]]:

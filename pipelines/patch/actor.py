@@ -4,6 +4,7 @@ It loads the model once and streams each shard: one thread reads row groups, the
 applies the rule, a third encodes and uploads. Only the record of the commit leaves the actor.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import pyarrow as pa
 
 from blt.entropy_model import EntropyModel
 from blt.errors import DataError
+from pipelines.log_line import add_fields
 from pipelines.patch.boundaries import patch_rows
 from pipelines.patch.commit import Commit, record
 from pipelines.patch.data_file import DataFile, create_data_file, find_data_file
@@ -23,6 +25,8 @@ from pipelines.patch.reuse import with_stored_entropies
 from pipelines.patch.rows import read_row_groups
 from pipelines.patch.stages import StageSeconds, run_stages
 from pipelines.storage import Storage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,7 @@ class PatchActor:
     """
 
     def __init__(self, *, plan: PatchPlan, sources: PatchSources, cpus_per_actor: int) -> None:
+        add_fields(process="patch actor")
         self._plan = plan
         self._documents, self._output = Storage(sources.documents), Storage(sources.output)
         self._entropies = Storage(sources.reuse_entropies) if sources.reuse_entropies is not None else None
@@ -64,6 +69,7 @@ class PatchActor:
         if data_file is None:
             data_file, seconds = self._create(unit)
         else:
+            logger.info("adopted shard=%s path=%s: its record was missing", unit.id, unit.path)
             checking_seconds = time.perf_counter() - began
             seconds = StageSeconds(reading=checking_seconds, total=checking_seconds)
         commit = Commit(

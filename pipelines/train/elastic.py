@@ -20,6 +20,7 @@ from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_act
 from ray.util.placement_group import placement_group_table
 
 from blt.errors import BltError, StorageError, TrainingError
+from pipelines.log_line import add_fields
 from pipelines.train.changes import SECONDS_TO_SAVE, PreemptedError, request_save, wait_until_saved
 from pipelines.train.recorder import RecorderHandle
 from pipelines.train.timeline import Cause
@@ -49,6 +50,7 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
         """Actors whose errors were told: a controller that waits for the others looks again and again."""
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
+        add_fields(process="train controller")
         ray.get(self._recorder.group_begins.remote())
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:

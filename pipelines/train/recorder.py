@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.log_line import add_fields
 from pipelines.storage import Storage
 from pipelines.train.account import Account, Ledger, account_of
 from pipelines.train.metrics import (
@@ -81,6 +82,7 @@ class Recorder:
     """Takes what is told; a step that several workers tell of counts once."""
 
     def __init__(self, config: RecorderConfig) -> None:
+        add_fields(process="recorder", metrics_run=config.run)
         self._config, storage = config, Storage(config.output)
         self._upload = None if storage.is_local else storage
         self._temporary = None if storage.is_local else tempfile.TemporaryDirectory(prefix="blt-recorder-")

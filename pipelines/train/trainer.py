@@ -24,6 +24,7 @@ from blt.entropy_model import EntropyModelConfig
 from blt.errors import ConfigError, TrainingError
 from blt.model import BLTConfig
 from pipelines.environment import environment_defaults
+from pipelines.log_line import add_fields
 from pipelines.manifest import read_manifest
 from pipelines.model_files import store_model
 from pipelines.storage import Storage
@@ -97,6 +98,7 @@ def resolve_job(
 
 def train(job: TrainJob, on_step: Callable[[Record], None] = lambda record: None) -> TrainResult:
     """Run a job to its end, or on from where it stood; `on_step` gets each metrics record as it is written."""
+    add_fields(metrics_run=job.run)
     check_survival(job.config)
     checkpoints = Checkpoints(job.output, job.run, job.config.keep_checkpoints)
     _check_output(job)

@@ -4,6 +4,7 @@ Feed -> step -> recorder, held-out evaluation and checkpoint every so often. Eve
 the `TrainJob`; who computes what of a round, and whether the round counts, is the `Survival`'s.
 """
 
+import logging
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from blt.errors import BltError, CheckpointError, TrainingError
 from blt.loss import bits_per_byte
 from blt.optim import lr_factor, set_lr
 from blt.step import Batch, StepCounts, StepTotals, accumulate, tally_batch, update
+from pipelines.log_line import add_fields
 from pipelines.train.batch import make_batch
 from pipelines.train.elastic import is_fatal
 from pipelines.train.feed import Feed, FeedConfig, SequenceReader
@@ -31,6 +33,8 @@ from pipelines.train.survival import Cluster, Place, Share, Survival
 from pipelines.train.timeline import Cause
 from pipelines.train.watchdog import Watchdog
 
+logger = logging.getLogger(__name__)
+
 SAVING_TO_COMPUTING = 10.0
 """How many times as long a checkpoint may take as a micro-batch before a worker counts as hung."""
 
@@ -38,6 +42,8 @@ SAVING_TO_COMPUTING = 10.0
 def train_worker(run: tuple[TrainJob, Cluster]) -> None:
     """Train a job on this worker. What another try would only repeat is told to the recorder, and ends the run."""
     job, cluster = run
+    context = ray.train.get_context()
+    add_fields(process="train worker", metrics_run=job.run, rank=context.get_world_rank())
     torch.set_num_threads(max(1, int(job.config.cpus_per_worker)))
     torch.use_deterministic_algorithms(job.config.deterministic)
     try:
@@ -70,6 +76,7 @@ class Worker:
         """All rounds that are left."""
         peak = device_peak_flops(self.device, self.autocast or torch.float32)
         self.recorder.joined.remote(self.name, self.place.steps_done, peak)
+        logger.info("worker is ready step=%d device=%s name=%s", self.place.steps_done, self.device, self.name)
         data, order = (self.job.data, self.job.train_index), FeedConfig.of(self.config)
         feeding = Feed(*data, order, self.config.steps, device=self.device)
         with feeding as feed, self.watchdog:

@@ -297,6 +297,8 @@ def test_commands_of_jobs_are_valid(target: str, job: str, tmp_path: Path) -> No
     (ray_job,) = of_kind(manifests, "RayJob")
     program, command, *arguments = shlex.split(ray_job["spec"]["entrypoint"])
     assert (program, command) == ("blt", job)
+    assert arguments[:2] == ["--log-format", "json"], "what collects the logs of pods can tell runs apart"
+    del arguments[:2]
     config: Path | None = None
     if "--config" in arguments:
         at = arguments.index("--config")

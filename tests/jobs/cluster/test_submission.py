@@ -35,6 +35,8 @@ def test_the_id_follows_from_the_configuration_alone() -> None:
     assert submission(*TRAIN, "--dry-run").run.startswith("train-dry-run-")
     assert submission(*TRAIN, "--verbose").run == first.run
     assert "--verbose" in submission(*TRAIN, "--verbose").entrypoint("python").split()
+    as_json = submission(*TRAIN, "--log-format", "json")
+    assert (as_json.run, "--log-format json" in as_json.entrypoint("python")) == (first.run, True)
 
 
 @pytest.mark.parametrize(

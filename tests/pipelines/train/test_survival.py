@@ -4,12 +4,14 @@ Everything is real: Ray Train groups, raylets, signals. The curve is computed wi
 """
 
 import contextlib
+import dataclasses
 import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.exceptions import RayActorError
 from ray.train import ControllerError
+from ray.train.torch import TorchConfig
 
 # isort: split
 import psutil  # bundled with Ray, which puts it on the path
@@ -30,11 +33,13 @@ from blt.optim import OptimizerConfig
 from pipelines.model_files import local_model
 from pipelines.train import trainer
 from pipelines.train.account import Account
+from pipelines.train.config import TrainConfig
 from pipelines.train.job import TrainJob
 from pipelines.train.recorder import RecorderHandle
 from pipelines.train.timeline import Event, read_timeline
 from pipelines.train.trainer import train
 from tests.llama_checkpoint import write_llama
+from tests.pipelines.train.fake_gpu import train_worker_with_a_fake_gpu
 from tests.pipelines.train.tiny_run import assert_follows, expected_curve, tiny_job, told_steps, write_tiny_patches
 from tests.raylets import raylets
 from tests.s3_server import S3Server
@@ -44,6 +49,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
 PATIENCE_SECONDS = 150.0
 SECONDS_FOR_NODES = 60.0
 """For a group to notice that a node is there: it looks every 15 s, and a node takes some to start."""
+ON_NODES: Mapping[str, float] = MappingProxyType({"cpus_per_worker": 1.0, "gpus_per_worker": 1.0})
+"""What a worker takes of a node of `cluster`."""
 
 
 @pytest.fixture(scope="module")
@@ -243,10 +250,16 @@ def _diverging() -> OptimizerConfig:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A head without CPUs and three nodes of one CPU each."""
-    with raylets(head_cpus=0, nodes=3) as cluster:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head without CPUs and three nodes of one CPU and one GPU each, on which workers compute with the CPU."""
+    monkeypatch.setattr(trainer, "train_worker", train_worker_with_a_fake_gpu)
+    monkeypatch.setattr(trainer, "_backend", _gloo(trainer._backend))
+    with raylets(head_cpus=0, nodes=3, gpus=1) as cluster:
         yield cluster
+
+
+def _gloo(backend: Callable[[TrainConfig], TorchConfig]) -> Callable[[TrainConfig], TorchConfig]:
+    return lambda config: backend(dataclasses.replace(config, gpus_per_worker=0.0))
 
 
 def drain(node_id: str) -> None:
@@ -259,14 +272,14 @@ def drain(node_id: str) -> None:
 
 def test_nodes_go_and_come(cluster: Cluster, data: str, tmp_path: Path) -> None:
     """One lost without notice (3 -> 2), one more (2 -> 3), one drained (3 -> 2): only the first costs steps."""
-    probe = tiny_job(data, tmp_path / "probe", workers=3, cpus_per_worker=1.0)
+    probe = tiny_job(data, tmp_path / "probe", workers=3, **ON_NODES)
     train(probe)
     job = tiny_job(
         data,
         tmp_path / "run",
         workers=3,
         min_workers=1,
-        cpus_per_worker=1.0,
+        **ON_NODES,
         steps=steps_taking(SECONDS_FOR_NODES, probe, least=600),
         checkpoint_every=20,
     )
@@ -276,12 +289,12 @@ def test_nodes_go_and_come(cluster: Cluster, data: str, tmp_path: Path) -> None:
 
     def add_when_two() -> None:
         wait_for(lambda: told_steps(job.output)[-1].workers == 2, "a group of two")
-        cluster.add_node(num_cpus=1)
+        cluster.add_node(num_cpus=1, num_gpus=1)
 
     def drain_when_three() -> None:
         wait_for(lambda: 2 in {s.workers for s in told_steps(job.output)}, "a group of two")
         wait_for(lambda: told_steps(job.output)[-1].workers == 3, "a group of three")
-        drain(next(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")))
+        drain(next(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")))
 
     account = disturbed(job, (30, lose), (31, add_when_two), (32, drain_when_three))
     assert_follows(job.output, expected_curve(job))
@@ -301,7 +314,7 @@ def lose_node(cluster: Cluster) -> None:
 @pytest.mark.parametrize("comes_back", [False, True])
 def test_replicas_do_without_a_lost_node(cluster: Cluster, data: str, tmp_path: Path, comes_back: bool) -> None:
     """The others go on at once and to the end, no step lost; where another node comes, its worker joins them."""
-    options: dict[str, Any] = {"workers": 3, "cpus_per_worker": 1.0, "survival": "replicated"}
+    options: dict[str, Any] = {"workers": 3, "survival": "replicated", **ON_NODES}
     probe = tiny_job(data, tmp_path / "probe", **options)
     train(probe)
     seconds = SECONDS_FOR_NODES if comes_back else 10.0
@@ -311,7 +324,7 @@ def test_replicas_do_without_a_lost_node(cluster: Cluster, data: str, tmp_path: 
         lose_node(cluster)
         if comes_back:
             wait_for(lambda: told_steps(job.output)[-1].workers == 2, "two workers that go on")
-            cluster.add_node(num_cpus=1)
+            cluster.add_node(num_cpus=1, num_gpus=1)
 
     account = disturbed(job, (30, lose))
     assert_follows(job.output, expected_curve(job))
