@@ -1,13 +1,17 @@
 """Dashboard, alerts and scrape configuration: expressions that parse, and names that are there.
 
-promtool is not among the development dependencies, so how a rule behaves on data is not tested; its grammar is.
+How the alerts behave on data is in alerts_test.yaml, for promtool: it is no Python package, so that test is skipped
+where it is not installed (Debian has it in the package prometheus).
 """
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import promql_parser
@@ -111,6 +115,25 @@ def test_alerts_cover_what_can_go_wrong() -> None:
     assert len(set(names)) == len(names)
     wanted = {"NoProgress", "DataWait", "Restarts", "NotFinite", "Goodput"}
     assert wanted <= {name.removeprefix("BltTrain") for name in names}
+
+
+def test_alerts_on_data(tmp_path: Path) -> None:
+    """They fire for what they are for, and are silent on a run that goes well; a weaker threshold would be found."""
+    if (promtool := shutil.which("promtool")) is None:
+        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+    cases, rules = Path(__file__).parent / "alerts_test.yaml", OBSERVABILITY / "alerts.yaml"
+    subprocess.run([promtool, "check", "rules", rules], check=True, capture_output=True)
+    given = yaml.safe_load(cases.read_text(encoding="utf-8"))
+    assert {case["alertname"] for case in given["tests"][0]["alert_rule_test"]} == {rule["alert"] for rule in ALERTS}
+    subprocess.run([promtool, "test", "rules", cases], check=True, capture_output=True)
+    weak = tmp_path / "alerts.yaml"
+    weak.write_text(rules.read_text(encoding="utf-8").replace("> 0.05", "> 0.5"), encoding="utf-8")
+    (tmp_path / "cases.yaml").write_text(yaml.safe_dump(given | {"rule_files": ["alerts.yaml"]}))
+    found = subprocess.run(
+        [promtool, "test", "rules", tmp_path / "cases.yaml"], capture_output=True, text=True, check=False
+    )
+    assert found.returncode != 0
+    assert "BltTrainDataWait" in found.stdout + found.stderr
 
 
 @pytest.mark.parametrize("wrong", ["ray_blt_train_los > 1", 'ray_blt_train_loss{source="x"} > 1'])
