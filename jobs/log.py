@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from blt.errors import ConfigError
-from pipelines.log_line import JsonLines, LineFilter, json_lines
+from pipelines.log_line import JsonLines, LineFilter, are_json, lines_of_a_run
 
 LogFormat = Literal["text", "json"]
 
@@ -49,24 +49,15 @@ def log_to(file: Path | None, *, verbose: bool, log_format: LogFormat = "text") 
     for handler in handlers:
         root.addHandler(handler)
     try:
-        with _as_json(details=verbose or file is not None) if log_format == "json" else contextlib.nullcontext():
+        with lines_of_a_run(as_json=log_format == "json", details=verbose or file is not None):
+            logging.captureWarnings(are_json())  # they would be lines of text
             yield
     finally:
+        logging.captureWarnings(False)
         root.setLevel(level)
         for handler in handlers:
             root.removeHandler(handler)
             handler.close()
-
-
-@contextlib.contextmanager
-def _as_json(*, details: bool) -> Iterator[None]:
-    """Warnings of Python's `warnings` would be lines of text."""
-    logging.captureWarnings(True)
-    try:
-        with json_lines(details=details):
-            yield
-    finally:
-        logging.captureWarnings(False)
 
 
 def _handler(

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jobs.stage_metrics import Advance, begin_stage
 from pipelines.log_line import are_json
 
 logger = logging.getLogger(__name__)
@@ -39,17 +40,32 @@ class ProgressReport(Protocol):
 @contextlib.contextmanager
 def progress(description: str, total: int | None = None, unit: str = "items") -> Iterator[ProgressReport]:
     """Shows the progress of the block. `total` is in `unit`s, None if unknown; bytes are shown as kB, MB and so on."""
+    tell = begin_stage(description, unit, total)
     if sys.stderr.isatty() and not are_json():
         with _bar(description, total, unit) as bar:
-            yield bar
+            yield _Told(bar, tell)
         return
     log = _Log(description, total, unit)
     try:
-        yield log
+        yield _Told(log, tell)
     except BaseException:
         log.say("stopped")
         raise
     log.say("done")
+
+
+class _Told:
+    """What is shown, and told to the metrics."""
+
+    def __init__(self, shown: ProgressReport, tell: Advance) -> None:
+        self._shown, self._tell = shown, tell
+
+    def advance(self, count: int = 1) -> None:
+        self._shown.advance(count)
+        self._tell(count)
+
+    def update(self, **figures: float | str) -> None:
+        self._shown.update(**figures)
 
 
 @contextlib.contextmanager

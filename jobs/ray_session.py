@@ -31,6 +31,7 @@ import psutil  # type: ignore[import-untyped]  # bundled with Ray, which puts it
 
 from blt.errors import ConfigError
 from jobs.cluster.address import is_loopback
+from jobs.stage_metrics import exported_stages
 from jobs.worker_lines import worker_lines
 from pipelines.environment import environment_defaults
 from pipelines.log_line import are_json, worker_runtime_env
@@ -99,7 +100,7 @@ def _connected(address: str) -> Iterator[None]:
         ) from error
     _leave_on_sigterm()
     try:
-        with worker_lines():
+        with worker_lines(), exported_stages():
             yield
     finally:
         ray.shutdown()
@@ -133,7 +134,7 @@ def _embedded(num_cpus: int | None, object_store_bytes: int) -> Iterator[None]:
         _leave_on_sigterm()
         cpus = ray.cluster_resources()["CPU"]
         logger.info("ray started seconds=%.1f cpus=%d", time.monotonic() - started, cpus)
-        with worker_lines():
+        with worker_lines(), exported_stages():
             yield
     finally:
         with _uninterrupted():

@@ -1,6 +1,6 @@
 """Log lines as JSON: a record of `logging` in, one object on one line out, with what is known of its process and run.
 
-A driver that is asked for such lines (`json_lines`) has the workers of its Ray write them too: `worker_runtime_env`
+A driver that is asked for such lines (`lines_of_a_run`) has the workers of its Ray write them too: `worker_runtime_env`
 tells them what to put into every line, and whether details belong to it. Theirs go to the standard error of each, which
 Ray keeps in its session's directory and sends to the driver. docs/metrics.md lists the fields.
 """
@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,21 +27,21 @@ Field = str | int | None
 
 @dataclass(kw_only=True)
 class Lines:
-    """What this process puts into every line, and which records it takes."""
+    """What is known of this process and its run, whether its lines are JSON, and whether details belong to them."""
 
-    fields: dict[str, Field]
-    details: bool
+    fields: dict[str, Field] = field(default_factory=lambda: {"run": None, "process": "driver"})
+    as_json: bool = False
+    details: bool = False
 
 
-_lines: Lines | None = None
-"""None: this process writes no JSON."""
+_lines = Lines()
 
 
 @contextlib.contextmanager
-def json_lines(*, details: bool) -> Iterator[None]:
-    """Lines of this process and of the workers that it starts are JSON for the length of the block."""
+def lines_of_a_run(*, as_json: bool, details: bool) -> Iterator[None]:
+    """A run begins, of which nothing is known yet; its workers log as it does for the length of the block."""
     global _lines
-    before, _lines = _lines, Lines(fields={"run": None, "process": "driver"}, details=details)
+    before, _lines = _lines, Lines(as_json=as_json, details=details)
     try:
         yield
     finally:
@@ -49,23 +49,22 @@ def json_lines(*, details: bool) -> Iterator[None]:
 
 
 def are_json() -> bool:
-    return _lines is not None
+    return _lines.as_json
 
 
 def add_fields(**fields: Field) -> None:
-    """Put these into every line of this process from now on, if they are JSON."""
-    if _lines is not None:
-        _lines.fields.update(fields)
+    """This is known of the process from now on."""
+    _lines.fields.update(fields)
 
 
 def own_fields() -> dict[str, Field]:
-    """What this process puts into every line."""
-    return {} if _lines is None else dict(_lines.fields)
+    """What is known of this process and its run, by name of the field."""
+    return dict(_lines.fields)
 
 
 def worker_runtime_env() -> dict[str, Any] | None:
     """What `ray.init` gives to the workers of a driver; None where lines are not JSON."""
-    if _lines is None:
+    if not _lines.as_json:
         return None
     hook = f"{begin_in_worker.__module__}.{begin_in_worker.__name__}"
     return {"env_vars": {WORKERS_VARIABLE: json.dumps(asdict(_lines))}, "worker_process_setup_hook": hook}

@@ -18,6 +18,7 @@ import promql_parser
 import pytest
 import yaml
 
+from jobs.stage_metrics import DONE, PLANNED
 from pipelines.patch.metrics import _COUNTERS
 from pipelines.train.metrics import FIGURES
 from tests.infra.test_kuberay import OWN, containers
@@ -35,6 +36,8 @@ SCRAPING = yaml.safe_load((OBSERVABILITY / "prometheus.yaml").read_text(encoding
 LABELS = {f"ray_blt_{name.replace('/', '_')}": "run" for name in FIGURES} | {
     **{f"ray_blt_patch_{name}_total": "source" for name in _COUNTERS},
     "ray_blt_patch_actor_bytes_per_second": "source",
+    f"ray_{DONE}_total": "stage",
+    f"ray_{PLANNED}": "stage",
     "up": "job",
 }
 """Every metric, and the label that tells its series apart."""
@@ -42,7 +45,7 @@ LABELS = {f"ray_blt_{name.replace('/', '_')}": "run" for name in FIGURES} | {
 
 def parsed(expression: str) -> Any:
     """With Grafana's variables as Grafana would put them in."""
-    return promql_parser.parse(re.sub(r"\$__rate_interval", "1m", re.sub(r"\$(run|source)\b", ".*", expression)))
+    return promql_parser.parse(re.sub(r"\$__rate_interval", "1m", re.sub(r"\$(run|source|stage)\b", ".*", expression)))
 
 
 def nodes(expression: str) -> Iterator[Any]:
@@ -61,7 +64,7 @@ def check(expression: str) -> set[str]:
             for matcher in node.matchers.matchers:
                 assert matcher.name == LABELS[node.name], matcher
         if isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
-            assert set(node.modifier.labels) <= {"run", "source"}
+            assert set(node.modifier.labels) <= {"run", "source", "stage"}
     assert named
     return named
 
@@ -90,8 +93,8 @@ def test_the_dashboard_is_whole() -> None:
         assert apart_x or apart_y
     assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in DASHBOARD["panels"])
     variables = {item["name"]: item for item in DASHBOARD["templating"]["list"]}
-    assert list(variables) == ["datasource", "run", "source"]
-    for name in ("run", "source"):
+    assert list(variables) == ["datasource", "run", "source", "stage"]
+    for name in ("run", "source", "stage"):
         metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variables[name]["query"]).groups()  # type: ignore[union-attr]
         assert LABELS[metric] == label == name
     for panel in PANELS:
