@@ -14,6 +14,7 @@ from blt.checkpoint import load_entropy_model
 from jobs.record import read_record
 from pipelines.model_files import local_model
 from pipelines.storage import Storage
+from tests.pipelines.patch.corpus import prose, write_documents
 from tests.ray_head import RayHead, ray_head
 from tests.s3_server import SECRET_KEY, S3Server
 
@@ -39,38 +40,45 @@ def run(head: RayHead, *arguments: str) -> tuple[dict[str, object], str]:
     return result, done.stdout + done.stderr
 
 
-def test_from_text_to_a_trained_model(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_documents_to_a_trained_model(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Submitted, left alone, attached to, read and listed; another job is stopped."""
     root = s3.url("cluster")
-    Storage(root).write_replace("corpus/a.jsonl", (ROOT / "tests/data/speeches.jsonl").read_bytes())
+    shards = {
+        "train/shard-00000.parquet": [prose(1, 8000), prose(2, 8000)],
+        "valid/shard-00000.parquet": [prose(3, 4000)],
+    }
+    write_documents(f"{root}/documents", shards)
     settings = yaml.safe_load((ROOT / "tests/integration/tiny.yaml").read_text())["train_entropy"]
     (tmp_path / "entropy.yaml").write_text(yaml.safe_dump(settings))
-    shard = ("shard", f"input=[{root}/corpus]", "valid_fraction=0.3", "shard_bytes=20000", f"output={root}/documents")
-    train = ("train-entropy", "--config", str(tmp_path / "entropy.yaml"), f"documents={root}/documents")
-    train = (*train, f"output={root}/entropy")
+    train = ("train-entropy", "--log-format", "json", "--config", str(tmp_path / "entropy.yaml"))
+    train = (*train, f"documents={root}/documents")
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     with ray_head({**s3.environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}) as head:
-        result, printed = run(head, "submit", "--follow", *shard)
-        assert (result["status"], result["job_status"]) == ("done", "SUCCEEDED")
-        assert "Running entrypoint for job shard-" in printed
-        job = _interrupted(head, *train)
-        waited, told = run(head, "submit", "--wait", *train)
-        assert f"attached to the same run job={job} status=RUNNING" in told
-        assert waited["job"] == job
-        assert waited["steps"] == settings["steps"]
+        job = _interrupted(head, *train, f"output={root}/entropy")
+        result, printed = run(head, "submit", "--follow", *train, f"output={root}/entropy")
+        assert f"attached to the same run job={job} status=RUNNING" in printed
+        assert (result["status"], result["job"], result["job_status"]) == ("done", job, "SUCCEEDED")
+        assert result["steps"] == settings["steps"]
         log = run(head, "logs", job)[1]
-        printed += told + log
+        long = str(run(head, "submit", *train, "steps=100000", f"output={root}/long")[0]["job"])
+        assert run(head, "stop", long)[0]["job_status"] == "STOPPED"
         jobs, listed = run(head, "jobs")
-        assert [jobs[f"job.{one}"] for one in (result["job"], job)] == ["SUCCEEDED", "SUCCEEDED"]
-        logs = b"".join(file.read_bytes() for file in head.directory.rglob("*.log"))
-        logs += b"".join(file.read_bytes() for file in head.directory.rglob("*.out"))
+        assert [jobs[f"job.{one}"] for one in (job, long)] == ["SUCCEEDED", "STOPPED"]
+        logs = b"".join(
+            file.read_bytes() for ending in ("log", "out", "err") for file in head.directory.rglob(f"*.{ending}")
+        )
         assert b"train-entropy" in logs
+        assert b'"process": "train worker"' in logs, "on the nodes too"
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith('{"time"')]
+    assert {line["run"] for line in lines} == {job}
+    assert {"driver", "train worker"} <= {line["process"] for line in lines}
     record = read_record(f"{root}/entropy")
     assert record is not None
-    assert record.result.bytes == waited["bytes"]
+    assert record.result.bytes == result["bytes"]
     assert load_entropy_model(local_model(f"{root}/entropy/model")) is not None
     stored = b"".join(Storage(root).read_bytes(path) for path in Storage(root).list())
     for secret in (SECRET_KEY, TOKEN):
-        for place in ((printed + listed).encode(), logs, stored):
+        for place in ((printed + log + listed).encode(), logs, stored):
             assert secret.encode() not in place
 
 

@@ -35,7 +35,7 @@ def prose(seed: int, num_bytes: int) -> bytes:
 
 
 def write_documents(
-    root: Path,
+    root: Path | str,
     shards: Mapping[str, Sequence[bytes]],
     sources: Mapping[str, str] = MappingProxyType({}),
     row_group_bytes: int = 1000,
