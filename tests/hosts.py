@@ -63,6 +63,7 @@ def network(num_hosts: int) -> Iterator[Network]:
         try:
             _wait_for_namespace(switch)
             _run(*_enter(switch.pid), "ip", "link", "add", bridge, "type", "bridge")
+            _run(*_enter(switch.pid), "ip", "link", "add", "try0", "type", "veth", "peer", "name", "try1")
         except (ChildProcessError, subprocess.CalledProcessError) as error:
             pytest.skip(f"this machine allows no network namespaces: {error}")
         _run(*_enter(switch.pid), "ip", "link", "set", bridge, "up")
