@@ -59,14 +59,22 @@ def ray_session(num_cpus: int | None = None, object_store_bytes: int = OBJECT_ST
         if ray.is_initialized():
             yield
         elif address := os.environ.get("RAY_ADDRESS"):
-            with environment_defaults(_QUIET | _TRAIN), _token_by_default(address), _connected(address):
+            with (
+                environment_defaults(_QUIET | _TRAIN),
+                _token_by_default(address),
+                worker_lines() as take_printers_place,
+                _connected(address),
+            ):
+                take_printers_place()
                 yield
         else:
             with (
                 environment_defaults(_QUIET | _TRAIN | _EMBEDDED),
                 _loopback_only(),
+                worker_lines() as take_printers_place,
                 _embedded(num_cpus, object_store_bytes),
             ):
+                take_printers_place()
                 yield
 
 
@@ -100,7 +108,7 @@ def _connected(address: str) -> Iterator[None]:
         ) from error
     _leave_on_sigterm()
     try:
-        with worker_lines(), exported_stages():
+        with exported_stages():
             yield
     finally:
         ray.shutdown()
@@ -134,7 +142,7 @@ def _embedded(num_cpus: int | None, object_store_bytes: int) -> Iterator[None]:
         _leave_on_sigterm()
         cpus = ray.cluster_resources()["CPU"]
         logger.info("ray started seconds=%.1f cpus=%d", time.monotonic() - started, cpus)
-        with worker_lines(), exported_stages():
+        with exported_stages():
             yield
     finally:
         with _uninterrupted():

@@ -6,7 +6,7 @@ Ray sends the driver what its workers write to their standard output and error, 
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,15 +20,17 @@ _OURS = "blt_log_lines"
 
 
 @contextlib.contextmanager
-def worker_lines() -> Iterator[None]:
-    """In a driver that Ray is initialised in: takes the place of Ray's printer, if lines are JSON."""
+def worker_lines() -> Iterator[Callable[[], None]]:
+    """Logs what workers print for the length of the block, if lines are JSON; a Ray is begun and ended within it.
+
+    What is yielded is to be called once Ray is initialised: it takes Ray's own printer away.
+    """
     if not are_json():
-        yield
+        yield lambda: None
         return
-    dispatcher.remove_handler(_RAYS_PRINTER)
     dispatcher.add_handler(_OURS, _log)
     try:
-        yield
+        yield lambda: dispatcher.remove_handler(_RAYS_PRINTER)
     finally:
         dispatcher.remove_handler(_OURS)
 
@@ -38,8 +40,10 @@ def _log(batch: Mapping[str, Any]) -> None:
     texts = batch["lines"]
     for text in filter_autoscaler_events(texts) if batch["pid"] == "autoscaler" else texts:
         line = _own_line(text) or _foreign_line(text, batch)
-        level = logging.getLevelNamesMapping()[line["level"]]
-        record = logging.makeLogRecord({"name": line["logger"], "levelno": level, "msg": line["message"], "line": line})
+        level = logging.getLevelNamesMapping().get(str(line["level"]), logging.INFO)
+        record = logging.makeLogRecord(
+            {"name": str(line["logger"]), "levelno": level, "msg": line["message"], "line": line}
+        )
         logging.getLogger().handle(record)
 
 
