@@ -30,6 +30,7 @@ def parsed(text: str) -> list[dict[str, Any]]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_every_line_of_a_run(tmp_path: Path) -> None:
     """Lines of the driver and of two workers, in one stream and in the file; none of them holds a credential."""
     data, output, file = write_tiny_patches(tmp_path / "patches"), tmp_path / "run", tmp_path / "log.jsonl"
@@ -42,7 +43,7 @@ def test_every_line_of_a_run(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=110,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
