@@ -24,7 +24,7 @@ PLACES: Mapping[str, tuple[str, ...]] = {
     "bench goodput": ("data", "entropy_model", "train.init_from", "train.init_latent_from", "directory"),
     "bench entropy": (),
     "bench train": (),
-    "bench generate": (),
+    "bench generate": ("trained",),
 }
 """The keys that hold a path or URI, of every command that can be a job; SECTION.KEY for those in a section."""
 

@@ -22,6 +22,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "bench patch": ("documents=s3://b/d", "entropy_model=s3://b/e"),
     "bench feed": (),
     "bench goodput": (),
+    "bench generate": (),
 }
 """What each command must be given."""
 
