@@ -42,6 +42,7 @@ def generate(
     top_p: float | None = None,
     seed: int | Sequence[int] | None = None,
     stop: bytes | Sequence[bytes] = (),
+    speculate: bool = False,
 ) -> bytes | list[bytes]:
     """The continuation of a prompt, or the list of those of several, without the prompt.
 
@@ -50,18 +51,20 @@ def generate(
     draws, from the same seed or from one for each prompt, so its continuation is that of a call of its own, whatever
     the other prompts are (up to the first byte that rounding decides: sums of several rows round otherwise than those
     of one); several samples of one prompt take several seeds. A prompt may be empty. Neither prompt nor output need be
-    valid UTF-8.
+    valid UTF-8. `speculate` reads one prompt's document ahead (`blt.speculation`): the same bytes, at another speed.
 
     Raises ConfigError for an argument out of range, a prompt or stop string that is not bytes, seeds that are not as
-    many as the prompts, a rule of kind top_k (it looks ahead), and a rule that reads entropies where `lm` has no
-    entropy model.
+    many as the prompts, a rule of kind top_k (it looks ahead), a rule that reads entropies where `lm` has no entropy
+    model, and `speculate` for several prompts or a rule that reads no entropies.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     single = isinstance(prompts, bytes | bytearray | memoryview)
     checked = [_checked_bytes(prompt, "prompts") for prompt in ([prompts] if single else prompts)]
     seeds = [seed] * len(checked) if seed is None or isinstance(seed, int) else seed
     found = [b""] * len(checked)
-    pieces = continuations(lm, checked, max_new_bytes=max_new_bytes, sampling=sampling, seeds=seeds, stop=stop)
+    pieces = continuations(
+        lm, checked, max_new_bytes=max_new_bytes, sampling=sampling, seeds=seeds, stop=stop, speculate=speculate
+    )
     for document, piece in pieces:
         found[document] += piece.data
     return found[0] if single else found
@@ -77,6 +80,7 @@ def stream(
     top_p: float | None = None,
     seed: int | None = None,
     stop: bytes | Sequence[bytes] = (),
+    speculate: bool = False,
 ) -> Iterator[bytes]:
     """The continuation of one prompt piece by piece; joined, the pieces are what `generate` returns.
 
@@ -85,7 +89,9 @@ def stream(
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     checked = _checked_bytes(prompt, "prompt")
-    found = continuations(lm, [checked], max_new_bytes=max_new_bytes, sampling=sampling, seeds=[seed], stop=stop)
+    found = continuations(
+        lm, [checked], max_new_bytes=max_new_bytes, sampling=sampling, seeds=[seed], stop=stop, speculate=speculate
+    )
     return (piece.data for _, piece in found)
 
 
@@ -97,6 +103,7 @@ def continuations(
     sampling: Sampling,
     seeds: Sequence[int | None] | None = None,
     stop: bytes | Sequence[bytes] = (),
+    speculate: bool = False,
 ) -> Iterator[tuple[int, Piece]]:
     """What `generate` returns as it is found, with its patch starts: pieces, each with the index of its prompt.
 
@@ -110,7 +117,10 @@ def continuations(
     seeds = [sampling.seed] * len(checked) if seeds is None else seeds
     if len(seeds) != len(checked):
         raise ConfigError(f"seed must be one number, or one for each of {len(checked)} prompts, got {len(seeds)}")
-    return _pieces(_decoder(lm, len(checked)), checked, max_new_bytes, sampling, seeds, stops)
+    if speculate and len(checked) != 1:
+        raise ConfigError(f"speculate reads one document ahead, got {len(checked)} prompts")
+    decoder = SpeculativeDecoder(lm) if speculate else Decoder(lm, len(checked))
+    return _pieces(decoder, checked, max_new_bytes, sampling, seeds, stops)
 
 
 class Decoder:
@@ -145,14 +155,6 @@ class Decoder:
         self._patches.keep(documents)
         self._model.keep(documents)
         self.starts = [self.starts[document] for document in documents]
-
-
-def _decoder(lm: LanguageModel, num_documents: int) -> Decoder | SpeculativeDecoder:
-    """The fastest: one document on a CPU is read ahead where that saves passes of the entropy model."""
-    reads_ahead = lm.patch_rule.needs_entropies and lm.entropy_model is not None
-    if num_documents == 1 and reads_ahead and lm.model.local_decoder.output.weight.is_cpu:
-        return SpeculativeDecoder(lm)
-    return Decoder(lm, num_documents)
 
 
 def _pieces(

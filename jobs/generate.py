@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 POSITIONAL = ("prompt",)
 OPTIONS = {"model": "model", "file": "prompt_file", "lines": "lines", "show-patches": "show_patches"}
 
-_NOT_IN_OUTPUT = ("output", "model", "device", "prompt_file", "lines", "show_patches", "batch_prompts")
+_NOT_IN_OUTPUT = ("output", "model", "device", "prompt_file", "lines", "show_patches", "batch_prompts", "speculate")
 """Keys that have no say in the samples, or whose content the fingerprint of the inputs covers."""
 
 
@@ -76,6 +76,9 @@ class Config(Settings):
     """Every line is a prompt of its own, an empty one too; the newlines are no part of them."""
     batch_prompts: int = 16
     """Most prompts that are continued together."""
+    speculate: bool = False
+    """Read one prompt's document ahead of the entropy model: the same bytes, sooner where passes of that model are most
+    of the time."""
     show_patches: bool = False
     """Mark where the patches of the continuation start; lines of JSON have that as patch_starts in any case."""
     output: str | None = None
@@ -85,6 +88,8 @@ class Config(Settings):
         super().__post_init__()
         if self.prompt_file is not None and self.prompt:
             raise ConfigError("prompt and prompt_file cannot both be given")
+        if self.speculate and self.lines:
+            raise ConfigError("speculate reads one document ahead, lines continues several together")
         if self.batch_prompts < 1:
             raise ConfigError(f"batch_prompts must be at least 1, got {self.batch_prompts}")
 
@@ -190,6 +195,7 @@ class _SampleWriter:
             max_new_bytes=self._config.max_new_bytes,
             sampling=self._sampling,
             stop=[argument_bytes(text) for text in self._config.stop],
+            speculate=self._config.speculate,
         )
 
     def _sample(self, prompt: bytes, pieces: Sequence[Piece], seconds: float) -> Sample:

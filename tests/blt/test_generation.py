@@ -245,7 +245,7 @@ class Scripted:
 def test_stop_strings_end_the_output_and_are_not_part_of_it(
     language_model: Build, monkeypatch: pytest.MonkeyPatch, answer: bytes, stop: bytes | list[bytes], expected: bytes
 ) -> None:
-    monkeypatch.setattr("blt.generation._decoder", lambda lm, num_documents: Scripted([answer] * num_documents))
+    monkeypatch.setattr("blt.generation.Decoder", lambda lm, num_documents: Scripted([answer] * num_documents))
     lm = language_model()
     assert generate(lm, b"", max_new_bytes=len(answer), stop=stop) == expected
     pieces = list(stream(lm, b"", max_new_bytes=len(answer), stop=stop))
@@ -259,7 +259,7 @@ def test_stop_strings_end_the_output_and_are_not_part_of_it(
 
 def test_eos_ends_the_output(language_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [b"end", b"", b"a longer end", b"stopped"]
-    monkeypatch.setattr("blt.generation._decoder", lambda lm, num: Scripted(answers[:num], ends=True))
+    monkeypatch.setattr("blt.generation.Decoder", lambda lm, num: Scripted(answers[:num], ends=True))
     assert generate(language_model(), b"", max_new_bytes=99, stop=[b"dx"]) == b"end"
     assert generate(language_model(), [b""] * 4, max_new_bytes=99, stop=[b"dx", b"ed"]) == [*answers[:3], b"stopp"]
 

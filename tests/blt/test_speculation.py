@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from blt.checkpoint import LanguageModel
 from blt.entropy_model import STREAM_BYTES
-from blt.generation import Decoder
+from blt.errors import ConfigError
+from blt.generation import Decoder, generate, stream
 from blt.model import BLTConfig
 from blt.patching import PatchRule
 from blt.speculation import Draft, SpeculativeDecoder
@@ -78,6 +79,27 @@ def test_where_positions_start_again(length: int) -> None:
     """A context's rotary positions, 8192 ids after BOS."""
     lm = wide(language_model(blt_config(), PatchRule(threshold=5.3)))
     assert_same_steps(lm, random.Random(0).randbytes(length), 30, 0, 0.0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_continuations_are_the_same(temperature: float) -> None:
+    """Drawn bytes are often others than those that were drafted; stop strings end in a draft."""
+    lm = wide(language_model(blt_config(), PatchRule(threshold=5.3, max_patch_length=6)))
+    for prompt in (b"", b"a prompt"):
+        plain = generate(lm, prompt, max_new_bytes=80, temperature=temperature, seed=3)
+        assert isinstance(plain, bytes)
+        for stop in ((), plain[40:43]):
+            expected = generate(lm, prompt, max_new_bytes=80, temperature=temperature, seed=3, stop=stop)
+            found = stream(lm, prompt, max_new_bytes=80, temperature=temperature, seed=3, stop=stop, speculate=True)
+            assert b"".join(found) == expected
+
+
+def test_what_cannot_be_read_ahead() -> None:
+    by_entropy, by_size = (language_model(blt_config(), rule) for rule in (RULES[0], PatchRule(kind="byte")))
+    with pytest.raises(ConfigError, match="speculate reads one document ahead, got 2 prompts"):
+        generate(by_entropy, [b"a", b"b"], speculate=True)
+    with pytest.raises(ConfigError, match="kind byte reads no entropies"):
+        generate(by_size, b"a", speculate=True)
 
 
 @contextmanager
