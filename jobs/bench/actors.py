@@ -10,8 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
+import torch
 
+from blt.device_peak import gemm_peak_flops
 from blt.entropy_model import document_entropies
+from blt.flops import entropy_flops_per_byte
+from jobs.bench.turns import PEAK_SECONDS
 from pipelines.actor_pool import run_units
 from pipelines.manifest import read_manifest
 from pipelines.model_files import local_model
@@ -79,6 +83,8 @@ class BareRun:
 
     bytes_per_second: float
     bytes_per_cpu_second: float
+    share_of_peak: float
+    """Of the speed of matrix products, measured just before; useful operations alone."""
 
 
 class MeasuredPatchActor(PatchActor):
@@ -144,12 +150,23 @@ def run_bare(config: PatchConfig, documents: str, entropy_model: str) -> BareRun
         document_entropies(model, texts, reset_on_newline=patching.reset_on_newline, row_bytes=plan.row_bytes)
 
     infer([b"x" * 4 * plan.row_bytes, *[b"x" * 100] * 9])
+    peak = gemm_peak_flops(torch.device(patching.device), model.output.weight.dtype, PEAK_SECONDS)
     began, cpu_began = time.perf_counter(), time.process_time()
     for texts in groups:
         infer(texts)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
     num_bytes = sum(unit.bytes for unit in plan.units)
-    return BareRun(bytes_per_second=num_bytes / seconds, bytes_per_cpu_second=num_bytes / cpu_seconds)
+    flops = sum(
+        len(text) * entropy_flops_per_byte(model.config, len(text), "done")
+        for texts in groups
+        for text in texts
+        if text
+    )
+    return BareRun(
+        bytes_per_second=num_bytes / seconds,
+        bytes_per_cpu_second=num_bytes / cpu_seconds,
+        share_of_peak=flops / seconds / peak,
+    )
 
 
 def _peak_rss_bytes() -> int:

@@ -28,6 +28,7 @@ from jobs.bench.feed_parts import (
     run_feed,
     text_targets,
 )
+from jobs.bench.turns import peak_memory_bytes
 from jobs.ray_session import ray_session
 from pipelines.manifest import Manifest, read_manifest
 from pipelines.patch.dataset import patch_dataset
@@ -96,7 +97,8 @@ def run(config: Config) -> BenchResult:
         torch.set_num_threads(max(1, int(config.train.cpus_per_worker)))
         steps = config.steps or -(-index.sequences // feed.global_batch)
         figures = _size(read_manifest(data), index, steps) | _throughput(config, fed, steps) | _resume(config, fed)
-        return BenchResult(figures=circumstances(config, "cpu") | figures | {"goals": GOALS})
+        memory = {"peak_memory_bytes": peak_memory_bytes(torch.device("cpu"))}
+        return BenchResult(figures=circumstances(config, "cpu") | figures | memory | {"goals": GOALS})
 
 
 def _dataset(config: Config, directory: Path) -> str:

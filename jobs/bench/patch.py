@@ -106,6 +106,7 @@ def _throughput(config: Config, corpus: str, directory: Path) -> dict[str, Any]:
         "measured_bytes": sum(commit.bytes for commit in commits),
         "mean_patch_bytes": round(sum(c.bytes for c in commits) / sum(c.patches for c in commits), 4),
         "bare_bytes_per_second": summary(model),
+        "bare_share_of_peak": summary([run.share_of_peak for run in bare]),
         "one_actor_bytes_per_second": summary(alone),
         "one_actor_busy_bytes_per_second": summary([run.busy_bytes_per_second for run in one]),
         "two_actors_bytes_per_second": summary(together),

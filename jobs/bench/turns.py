@@ -16,7 +16,8 @@ import torch
 from blt.device_peak import gemm_peak_flops
 from jobs.bench.circumstances import summary
 
-_PEAK_SECONDS = 0.3
+PEAK_SECONDS = 0.3
+"""For which the speed of matrix products is taken."""
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _RESET_PEAK = "5"
 """Written to clear_refs, it makes Linux count the largest resident memory anew (man 5 proc)."""
@@ -50,8 +51,8 @@ def take_turns(
 
 
 def _run(subject: Callable[[], object], device: torch.device, dtype: torch.dtype) -> Turn:
-    peak = gemm_peak_flops(device, dtype, seconds=_PEAK_SECONDS)
-    _reset_peak_memory(device)
+    peak = gemm_peak_flops(device, dtype, seconds=PEAK_SECONDS)
+    reset_peak_memory(device)
     began, cpu_began = time.perf_counter(), time.process_time()
     subject()
     if device.type == "cuda":
@@ -60,7 +61,7 @@ def _run(subject: Callable[[], object], device: torch.device, dtype: torch.dtype
         seconds=time.perf_counter() - began,
         cpu_seconds=time.process_time() - cpu_began,
         gemm_flops=peak,
-        peak_memory_bytes=_peak_memory(device),
+        peak_memory_bytes=peak_memory_bytes(device),
     )
 
 
@@ -79,14 +80,16 @@ def ratios(turns: Sequence[Turn], others: Sequence[Turn], bytes_ratio: float = 1
     return summary([other.seconds / turn.seconds * bytes_ratio for turn, other in zip(turns, others, strict=True)])
 
 
-def _reset_peak_memory(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
+    """Count the largest memory anew, where the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_REFS.exists():
         _CLEAR_REFS.write_text(_RESET_PEAK)
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
+    """As of a `Turn`, since it was last counted anew."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if not _STATUS.exists():

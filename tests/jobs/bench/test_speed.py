@@ -89,6 +89,7 @@ def test_generation_against_the_peer() -> None:
     assert figures["contexts"]["16"]["ratio"]["median"] > 0
     assert "ratio" not in figures["contexts"]["40"]
     assert figures["contexts"]["40"]["speculative"]["equal"]
+    assert all(0 <= of["share_of_peak"]["median"] < 1 < of["peak_memory_bytes"] for of in figures["contexts"].values())
     assert figures["batch"]["equal_to_single_runs"]
     assert figures["cost_of_a_byte_longest_to_shortest"] > 0
 
