@@ -1,9 +1,11 @@
 """Measure generation: prefill and the bytes after it, at several lengths of context and for several prompts at once.
 
 The last line of standard output holds the figures. With `--against transformers` its correct route takes turns: the
-whole text through entropy model and BLT for every byte, since its cached route gives other bytes.
+whole text through entropy model and BLT for every byte, since its cached route gives other bytes; it is told patches of
+as many bytes.
 """
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -22,13 +24,16 @@ from blt.generation import Decoder
 from blt.model import BLTConfig
 from blt.patching import PatchRule, patch_lengths
 from blt.speculation import SpeculativeDecoder
-from blt.vocabulary import BOS, BYTE_OFFSET, encode
+from blt.vocabulary import BOS, BYTE_OFFSET, VOCABULARY_SIZE, encode
 from jobs.bench.circumstances import BenchResult, circumstances, summary
 from jobs.bench.corpus import prose
 from jobs.bench.subject import MEAN_PATCH_BYTES, drawn, small_blt, small_entropy_model, transformers_model
 from jobs.bench.turns import PEAK_SECONDS, peak_memory_bytes, reset_peak_memory
 
 OPTIONS = ("against",)
+
+PATCH_BYTES = round(MEAN_PATCH_BYTES)
+"""Of every patch of a model that is drawn."""
 
 TIE = 1e-4
 """Two best logits nearer than this may change places by rounding."""
@@ -41,7 +46,7 @@ class Config:
     model: BLTConfig = field(default_factory=small_blt)
     """Shape of the BLT; its weights are drawn."""
     entropy_model: EntropyModelConfig = field(default_factory=small_entropy_model)
-    """Shape of the entropy model; its weights are drawn, and its threshold is one that gives patches of 4 bytes."""
+    """Shape of the entropy model; its weights are drawn."""
     contexts: tuple[int, ...] = (64, 1024, 8192)
     """Lengths of the prompts, bytes."""
     new_bytes: int = 256
@@ -108,16 +113,10 @@ def run(config: Config) -> BenchResult:
 
 
 def _language_model(config: Config) -> LanguageModel:
-    """Drawn weights, and the threshold that a quarter of a text's entropies exceed."""
-    lm = drawn(config.model, config.entropy_model, PatchRule(), config.seed)
-    assert lm.entropy_model is not None
-    entropies = document_entropies(lm.entropy_model, prose(config.seed + 1, 1, 4096))[0]
-    threshold = float(entropies.quantile(1 - 1 / MEAN_PATCH_BYTES))
-    chosen = drawn(config.model, config.entropy_model, PatchRule(threshold=threshold), config.seed)
-    assert chosen.entropy_model is not None
-    chosen.model.to(config.device)
-    chosen.entropy_model.to(config.device)
-    return chosen
+    """Drawn weights. Entropies are computed and compared with a threshold that none exceeds, and each patch has as many
+    bytes as it may: what drawn weights write has any entropies, others after every length of context."""
+    rule = PatchRule(threshold=math.log(VOCABULARY_SIZE) + 1, max_patch_length=PATCH_BYTES)
+    return drawn(config.model, config.entropy_model, rule, config.seed, config.device)
 
 
 def _context(config: Config, lm: LanguageModel, peer: Any, length: int) -> dict[str, Any]:
@@ -243,8 +242,11 @@ def _peer_bytes_per_second(peer: Any, prompt: bytes, new_bytes: int) -> float:
     ids = torch.cat((torch.tensor([BOS]), encode(prompt)))[None]
     seconds = 0.0
     for number in range(new_bytes + 1):
+        patches = torch.full((1, -(-ids.shape[1] // PATCH_BYTES) + 1), PATCH_BYTES)  # the next byte's among them
+        patches[0, 0], patches[0, -1] = 1, ids.shape[1] - PATCH_BYTES * (patches.shape[1] - 2)
         began = time.perf_counter()
-        logits = peer(input_ids=ids, use_cache=False).logits[:, -1]
+        peer.model.patcher(ids)
+        logits = peer(input_ids=ids, patch_lengths=patches, use_cache=False).logits[:, -1]
         seconds += time.perf_counter() - began if number else 0.0
         ids = torch.cat((ids, torch.tensor([_best(logits)[0]])), 1)
     return new_bytes / seconds
