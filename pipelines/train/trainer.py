@@ -16,9 +16,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import ray
+from ray._raylet import PlacementGroupID
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from blt.entropy_model import EntropyModelConfig
 from blt.errors import ConfigError, TrainingError
@@ -135,7 +137,7 @@ def _fit(job: TrainJob, recorder: RecorderHandle, checkpoints: Checkpoints) -> N
     """Have the workers train. TrainingError with what a worker told last if that is nothing a retry mends."""
     while True:
         try:
-            with environment_defaults(_ray_train_settings(job.config)):
+            with environment_defaults(_ray_train_settings(job.config)), _placement_groups_removed():
                 _fit_once(job, recorder)
             return
         except Exception as error:
@@ -170,6 +172,30 @@ def _fit_once(job: TrainJob, recorder: RecorderHandle) -> None:
                 worker_runtime_env={"env_vars": _worker_environment(config)},
             ),
         ).fit()
+
+
+@contextmanager
+def _placement_groups_removed() -> Iterator[None]:
+    """Gives back what the block reserved if it fails.
+
+    A controller that gives up while its workers start leaves their placement group behind, and Ray keeps it as long as
+    this job is alive: the next try would wait for the same CPUs for ever.
+    """
+    before = _own_placement_groups()
+    try:
+        yield
+    except Exception:
+        for group in _own_placement_groups() - before:
+            logger.warning("giving back what Ray Train left reserved placement_group=%s", group)
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
+        raise
+
+
+def _own_placement_groups() -> set[str]:
+    """Ids of this job's placement groups that hold or ask for resources; an id ends with that of its job."""
+    job = ray.get_runtime_context().get_job_id()
+    table = placement_group_table()
+    return {group for group, info in table.items() if group.endswith(job) and info["state"] != "REMOVED"}
 
 
 def _is_death_met_by_the_controller(error: Exception) -> bool:
