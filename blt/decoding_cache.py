@@ -168,7 +168,7 @@ class StackCache:
     def _reserve(self, more: int = 1) -> None:
         """Room for more positions in every row, in the rotations and, without a window, for one in the buffers."""
         if max(self.positions) + more > len(self._rotations):
-            self._rotations = self._table(2 * max(self.positions))
+            self._rotations = self._table(2 * (max(self.positions) + more))
         if self.config.window is None and max(self.counts) >= self._columns:
             before, held = self._pairs, self._columns
             self._columns = 2 * max(self.counts)

@@ -1,26 +1,22 @@
 """Generation: a language model and a prompt in, the bytes that follow out, as a whole or as they are found.
 
 A prompt opens a document: BOS goes before it, and its patches are found byte by byte by the rule that the model was
-trained with (`blt.online_patches`), equal to those of the whole text patched offline. `Decoder` turns the next byte of
-every document into the logits of the byte after it. A byte costs the same wherever it stands, but for the latent
-transformer's attention to all patches before it; the latent transformer sets no limit to the length.
-Shapes: B documents, V vocabulary.
+trained with (`blt.online_patches`), equal to those of the whole text patched offline; `blt.decoder` has the logits of
+the byte after each. A byte costs the same wherever it stands, but for the latent transformer's attention to all patches
+before it; the latent transformer sets no limit to the length.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from blt.checkpoint import LanguageModel
+from blt.decoder import Decoder
 from blt.errors import ConfigError
-from blt.online_patches import OnlinePatches
-from blt.recorded_steps import online_blt
 from blt.sampling import Sampling, next_ids
 from blt.speculation import SpeculativeDecoder
-from blt.vocabulary import BOS, BYTE_OFFSET, EOS, encode
+from blt.vocabulary import BYTE_OFFSET, EOS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,42 +119,8 @@ def continuations(
     return _pieces(decoder, checked, max_new_bytes, sampling, seeds, stops)
 
 
-class Decoder:
-    """Documents being written: bytes in, logits of the byte after them out. `open` comes first, once."""
-
-    def __init__(self, lm: LanguageModel, num_documents: int) -> None:
-        with torch.inference_mode():
-            self._patches = OnlinePatches(lm.patch_rule, lm.entropy_model, lm.reset_on_newline, num_documents)
-            self._model = online_blt(lm.model, num_documents)
-        self.starts: list[bool] = []
-        """Whether the byte to come of each document starts a patch."""
-
-    @torch.inference_mode()
-    def open(self, prompts: Sequence[bytes]) -> Tensor:
-        """Logits [B,V] of the byte that follows BOS and each prompt (which may be empty)."""
-        rows = []
-        for document, prompt in enumerate(prompts):
-            starts = F.pad(self._patches.open(document, prompt), (1, 0), value=True)
-            self.starts.append(bool(starts[-1]))
-            rows.append(self._model.open(document, F.pad(encode(prompt), (1, 0), value=BOS), starts))
-        return torch.stack(rows)
-
-    @torch.inference_mode()
-    def step(self, ids: Sequence[int]) -> Tensor:
-        """Logits [B,V] after one more byte, given as its id, of each document."""
-        self.starts = self._patches.step(ids)
-        return self._model.step(ids, self.starts)
-
-    @torch.inference_mode()
-    def keep(self, documents: Sequence[int]) -> None:
-        """Only these documents go on, in this order."""
-        self._patches.keep(documents)
-        self._model.keep(documents)
-        self.starts = [self.starts[document] for document in documents]
-
-
 def _pieces(
-    decoder: Decoder | SpeculativeDecoder,
+    decoder: Decoder,
     prompts: Sequence[bytes],
     max_new_bytes: int,
     sampling: Sampling,

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from blt.attention import place_attention
 from blt.checkpoint import LanguageModel
+from blt.decoder import Decoder
 from blt.decoding_cache import StackCache
 from blt.entropy_model import EntropyModel, next_byte_entropy, starts_again
 from blt.errors import ConfigError
@@ -26,13 +26,13 @@ from blt.online_blt import OnlineBLT
 from blt.online_entropies import NEWLINE, OnlineEntropies
 from blt.online_patches import OnlinePatches
 from blt.patching import PatchRule
-from blt.vocabulary import BOS, BYTE_OFFSET, encode
+from blt.vocabulary import BYTE_OFFSET
 
 LONGEST_DRAFT = 8
 """Bytes; a cache has as many places beyond its window, which a draft that is taken back may have overwritten."""
 
 
-class SpeculativeDecoder:
+class SpeculativeDecoder(Decoder):
     """A `Decoder` of one document that reads ahead. ConfigError for a rule that reads no entropies."""
 
     def __init__(self, lm: LanguageModel) -> None:
@@ -40,18 +40,9 @@ class SpeculativeDecoder:
             raise ConfigError(f"patch rule: kind {lm.patch_rule.kind} reads no entropies, so nothing is gained ahead")
         with torch.inference_mode():
             self._patches = OnlinePatches(lm.patch_rule, lm.entropy_model, lm.reset_on_newline, 1, self._entropies_of)
-            self._model = DraftingBLT(lm.model)
-        self._draft = Draft(self._entropies, self._model, _doubt_at_ends(lm.patch_rule))
-        self.starts: list[bool] = []
-        """Whether the byte to come starts a patch."""
-
-    @torch.inference_mode()
-    def open(self, prompts: Sequence[bytes]) -> Tensor:
-        """Logits [1,V] of the byte that follows BOS and the one prompt."""
-        (prompt,) = prompts
-        starts = F.pad(self._patches.open(0, prompt), (1, 0), value=True)
-        self.starts = [bool(starts[-1])]
-        return self._model.open(0, F.pad(encode(prompt), (1, 0), value=BOS), starts)[None]
+            self._model = self._drafting = DraftingBLT(lm.model)
+        self._draft = Draft(self._entropies, self._drafting, _doubt_at_ends(lm.patch_rule))
+        self.starts = []
 
     @torch.inference_mode()
     def step(self, ids: Sequence[int]) -> Tensor:
@@ -62,11 +53,7 @@ class SpeculativeDecoder:
         if not self.starts[0]:
             return drafted.logits_1V
         self._draft.drop(decoded_again=1)
-        return self._model.next_patch(drafted.state_11D)
-
-    def keep(self, documents: Sequence[int]) -> None:
-        """There is one document, which goes on."""
-        assert list(documents) == [0]
+        return self._drafting.next_patch(drafted.state_11D)
 
     def _entropies_of(self, model: EntropyModel, reset_on_newline: bool, num_documents: int) -> "RunEntropies":
         assert num_documents == 1

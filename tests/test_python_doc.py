@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import blt
-from blt.generation import Decoder
+from blt.decoder import Decoder
 from blt.patching import PatchRule
 from blt.vocabulary import BYTE_OFFSET
 from tests.pipelines.train.patched import random_document, write_patches

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from blt.checkpoint import LanguageModel, load
+from blt.decoder import Decoder
 from blt.device_peak import gemm_peak_flops
 from blt.entropy_model import EntropyModelConfig, document_entropies
 from blt.errors import ConfigError
 from blt.flops import flops_per_byte
-from blt.generation import Decoder
 from blt.model import BLTConfig
 from blt.patching import PatchRule, patch_lengths
 from blt.speculation import SpeculativeDecoder
@@ -124,14 +124,14 @@ def _context(config: Config, lm: LanguageModel, peer: Any, length: int) -> dict[
     write(lm, [prompt], 2)
     runs, ahead, theirs, forwards = [], [], [], []
     device = next(lm.model.parameters()).device
-    peak = gemm_peak_flops(device, torch.float32, PEAK_SECONDS)
-    reset_peak_memory(device)
+    peak, memory = gemm_peak_flops(device, torch.float32, PEAK_SECONDS), 0
     compared = peer is not None and length <= config.against_context
     for _ in range(config.repeats):
+        reset_peak_memory(device)
         runs.append(write(lm, [prompt], config.new_bytes))
+        memory = max(memory, peak_memory_bytes(device))
         if lm.patch_rule.needs_entropies:
             ahead.append(write(lm, [prompt], config.new_bytes, SpeculativeDecoder(lm)))
-        memory = peak_memory_bytes(device)
         forwards.append(_forward_seconds(lm, prompt))
         if compared:
             theirs.append(_peer_bytes_per_second(peer, prompt, config.against_new_bytes))

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from blt.checkpoint import LanguageModel
+from blt.decoder import Decoder
 from blt.entropy_model import STREAM_BYTES, EntropyModel, document_entropies
 from blt.errors import ConfigError
-from blt.generation import Decoder, continuations, generate, stream
+from blt.generation import continuations, generate, stream
 from blt.online_entropies import OnlineEntropies
 from blt.online_patches import OnlinePatches
 from blt.patching import (

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blt.checkpoint import LanguageModel
+from blt.decoder import Decoder
 from blt.entropy_model import STREAM_BYTES, EntropyModel, EntropyModelConfig
-from blt.generation import Decoder, generate, stream
+from blt.generation import generate, stream
 from blt.layers import RopeScaling
 from blt.model import BLT, BLTConfig
 from blt.online_blt import OnlineBLT

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blt.checkpoint import LanguageModel
+from blt.decoder import Decoder
 from blt.entropy_model import STREAM_BYTES
 from blt.errors import ConfigError
-from blt.generation import Decoder, generate, stream
+from blt.generation import generate, stream
 from blt.model import BLTConfig
 from blt.patching import PatchRule
 from blt.speculation import Draft, SpeculativeDecoder

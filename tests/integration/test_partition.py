@@ -5,6 +5,7 @@ A host that is cut off still has the shared directory, as machines that do not s
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -12,8 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from pipelines.patch.commit import read_commits, read_plan
 from pipelines.storage import Storage
 from pipelines.train.metrics import read_metrics
 from pipelines.train.timeline import Event, read_timeline
+from tests import waiting
 from tests.hosts import Host, Network, network
 from tests.pipelines.patch.corpus import prose, write_documents
 from tests.pipelines.train.tiny_run import assert_follows, expected_curve, tiny_job, told_steps, write_tiny_patches
@@ -35,6 +36,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120.0
+wait_for = functools.partial(waiting.wait_for, seconds=PATIENCE_SECONDS)
 NUM_SHARDS = 24
 NOTICE = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -46,14 +48,6 @@ NOTICE = {
 """Ray takes a silent node for dead after some 8 s instead of half a minute or more."""
 GIVEN_UP = "health check failed due to missing too many heartbeats"
 """What the head's log says of such a node."""
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Look until it is so; the things waited for happen in other processes."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {PATIENCE_SECONDS:g} s for {what}"
-        time.sleep(0.1)
 
 
 class Machines:

@@ -1,11 +1,10 @@
 """Ray's autoscaler under a command: nodes come up for actors that wait for them, and go when nothing is left to do."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from pipelines.manifest import read_manifest
 from pipelines.patch.commit import read_commits, read_plan
 from pipelines.storage import Storage
+from tests import waiting
 from tests.pipelines.patch.corpus import prose, write_documents
 from tests.ray_head import Autoscaler, ray_head
 
@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(180)]
 
 NUM_SHARDS, NUM_NODES = 12, 2
 PATIENCE_SECONDS = 60.0
+wait_for = functools.partial(waiting.wait_for, seconds=PATIENCE_SECONDS)
 SETTINGS = (
     *("rule.kind=space", "rule.max_patch_length=64", "row_group_bytes=4000"),  # no model, which fake GPUs could not run
     *("device=cuda", "gpus_per_actor=1", f"min_actors={NUM_NODES}", f"max_actors={NUM_NODES}"),
@@ -36,14 +37,6 @@ def gpu_nodes(gcs: GcsClient) -> dict[str, bool]:
         for node_id, node in gcs.get_all_node_info(timeout=10).items()
         if node.resources_total.get("GPU")
     }
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Look until it is so; the things waited for happen in other processes."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {PATIENCE_SECONDS:g} s for {what}"
-        time.sleep(0.1)
 
 
 def test_nodes_come_for_waiting_actors_and_go_when_idle(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_from_documents_to_a_trained_model(s3: S3Server, tmp_path: Path, monkeyp
         job = _interrupted(head, *train, f"output={root}/entropy")
         result, printed = run(head, "submit", "--follow", *train, f"output={root}/entropy")
         assert f"attached to the same run job={job} status=RUNNING" in printed
+        assert f"Running entrypoint for job {job}" in printed, "the log from its beginning"
         assert (result["status"], result["job"], result["job_status"]) == ("done", job, "SUCCEEDED")
         assert result["steps"] == settings["steps"]
         log = run(head, "logs", job)[1]

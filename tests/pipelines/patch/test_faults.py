@@ -4,12 +4,12 @@ undisturbed run, byte for byte, and each shard has one record.
 
 import contextlib
 import dataclasses
+import functools
 import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from pipelines.patch import PatchConfig, patch_dataset
 from pipelines.patch.commit import read_commits, read_plan
 from pipelines.patch.status import dataset_status
 from pipelines.storage import Storage
+from tests import waiting
 from tests.fault_proxy import fault_proxy, seeded
 from tests.pipelines.patch.corpus import prose, write_documents
 from tests.pipelines.patch.in_process import use_in_process_pool
@@ -40,6 +41,7 @@ CONFIG = PatchConfig(
 )
 NUM_SHARDS = 6
 PATIENCE_SECONDS = 120.0
+wait_for = functools.partial(waiting.wait_for, seconds=PATIENCE_SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +75,6 @@ def _assert_whole(storage: Storage, manifest: Manifest | None, undisturbed: dict
     assert _data_files(storage) == undisturbed
     plan_hash, _ = read_plan(storage)
     assert sorted(c.path for c in read_commits(storage, plan_hash).commits.values()) == sorted(undisturbed)
-
-
-def _wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Look until it is so; the things waited for happen in other processes."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {PATIENCE_SECONDS:g} s for {what}"
-        time.sleep(0.01)
 
 
 def _is_inside_a_shard(output: Path) -> bool:
@@ -117,7 +111,7 @@ def test_kill_9_of_an_actor_inside_a_shard(
     killed: list[int] = []
 
     def kill_one() -> None:
-        _wait_for(lambda: _is_inside_a_shard(output), "an actor to be inside a shard")
+        wait_for(lambda: _is_inside_a_shard(output), "an actor to be inside a shard")
         processes = psutil.Process().children(recursive=True)
         actor = next(process for process in processes if "PatchActor" in " ".join(process.cmdline()))
         actor.send_signal(signal.SIGKILL)
@@ -141,7 +135,7 @@ def test_kill_9_of_the_driver(
 ) -> None:
     output = tmp_path / "patches"
     with _driver(documents, entropy_model_directory, str(output)) as driver:
-        _wait_for(lambda: _is_inside_a_shard(output), "the driver's actors to be inside a shard")
+        wait_for(lambda: _is_inside_a_shard(output), "the driver's actors to be inside a shard")
         own = psutil.Process(driver.pid).children(recursive=True)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
@@ -183,7 +177,7 @@ def test_loss_of_a_node(
     lost: list[int] = []
 
     def lose_second_node() -> None:
-        _wait_for(lambda: _is_inside_a_shard(output), "an actor to be inside a shard")
+        wait_for(lambda: _is_inside_a_shard(output), "an actor to be inside a shard")
         second = next(iter(cluster.worker_nodes))
         raylet = second.all_processes["raylet"][0].process
         raylet.kill()  # its actors end with it
@@ -250,7 +244,7 @@ def test_kill_9_of_a_driver_that_writes_to_s3(
 ) -> None:
     storage = Storage(s3.url("patch-killed"))
     with _driver(documents, entropy_model_directory, storage.root_uri) as driver:
-        _wait_for(lambda: any(path.startswith("train/") for path in storage.list()), "the first shard")
+        wait_for(lambda: any(path.startswith("train/") for path in storage.list()), "the first shard")
         own = psutil.Process(driver.pid).children(recursive=True)
         driver.send_signal(signal.SIGKILL)
         driver.wait()

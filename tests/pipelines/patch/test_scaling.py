@@ -1,8 +1,7 @@
 """A cluster that grows and shrinks under `patch`: what joins is used, what leaves is not missed."""
 
+import functools
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,14 @@ from blt.patching import PatchRule
 from pipelines.patch import PatchConfig, patch_dataset
 from pipelines.patch.commit import read_commits, read_plan
 from pipelines.storage import Storage
+from tests import waiting
 from tests.pipelines.patch.corpus import prose, write_documents
 from tests.raylets import raylets
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(300)]
+
+PATIENCE_SECONDS = 100.0
+wait_for = functools.partial(waiting.wait_for, seconds=PATIENCE_SECONDS)
 
 NUM_SHARDS = 40
 CONFIG = PatchConfig(
@@ -28,14 +31,6 @@ CONFIG = PatchConfig(
     wait_for_resources=True,
     stall_seconds=120.0,
 )
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Look until it is so; the things waited for happen in other processes."""
-    deadline = time.monotonic() + 100
-    while not condition():
-        assert time.monotonic() < deadline, f"waited for {what}"
-        time.sleep(0.02)
 
 
 def nodes_of_actors() -> set[str]:

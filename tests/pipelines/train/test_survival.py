@@ -5,6 +5,7 @@ Everything is real: Ray Train groups, raylets, signals. The curve is computed wi
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import signal
 import threading
@@ -38,6 +39,7 @@ from pipelines.train.job import TrainJob
 from pipelines.train.recorder import RecorderHandle
 from pipelines.train.timeline import Event, read_timeline
 from pipelines.train.trainer import train
+from tests import waiting
 from tests.llama_checkpoint import write_llama
 from tests.pipelines.train.fake_gpu import train_worker_with_a_fake_gpu
 from tests.pipelines.train.tiny_run import assert_follows, expected_curve, tiny_job, told_steps, write_tiny_patches
@@ -47,6 +49,7 @@ from tests.s3_server import S3Server
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
 
 PATIENCE_SECONDS = 150.0
+wait_for = functools.partial(waiting.wait_for, seconds=PATIENCE_SECONDS)
 SECONDS_FOR_NODES = 60.0
 """For a group to notice that a node is there: it looks every 15 s, and a node takes some to start."""
 ON_NODES: Mapping[str, float] = MappingProxyType({"cpus_per_worker": 1.0, "gpus_per_worker": 1.0})
@@ -68,14 +71,6 @@ def _is_worker(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return any("RayTrainWorker" in part for part in process.cmdline())
     return False
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Look until it is so; the things waited for happen in other processes."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {PATIENCE_SECONDS:g} s for {what}"
-        time.sleep(0.02)
 
 
 class Disturbance(threading.Thread):
