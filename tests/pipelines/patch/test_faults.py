@@ -82,6 +82,20 @@ def _is_inside_a_shard(output: Path) -> bool:
     return any(output.glob("train/*.parquet")) and any(output.glob("_temporary/*"))
 
 
+def _is_actor(process: psutil.Process) -> bool:
+    return "PatchActor" in " ".join(process.cmdline())
+
+
+def _stops_inside_a_shard(actor: psutil.Process, output: Path) -> bool:
+    """Stop the actor and say whether a file of its own was left half written; if none was, it goes on."""
+    actor.suspend()
+    wait_for(lambda: actor.status() == psutil.STATUS_STOPPED, "the actor to stop")
+    if any(output.glob("_temporary/*")):
+        return True
+    actor.resume()
+    return False
+
+
 @contextlib.contextmanager
 def _driver(documents: str, model: str, output: str) -> Iterator[subprocess.Popen[str]]:
     """`blt patch` in a process of its own, with a Ray of its own; ended with the block."""
@@ -111,10 +125,10 @@ def test_kill_9_of_an_actor_inside_a_shard(
     killed: list[int] = []
 
     def kill_one() -> None:
-        wait_for(lambda: _is_inside_a_shard(output), "an actor to be inside a shard")
-        processes = psutil.Process().children(recursive=True)
-        actor = next(process for process in processes if "PatchActor" in " ".join(process.cmdline()))
-        actor.send_signal(signal.SIGKILL)
+        wait_for(lambda: any(output.glob("train/*.parquet")), "the first shard")
+        actor = next(process for process in psutil.Process().children(recursive=True) if _is_actor(process))
+        wait_for(lambda: _stops_inside_a_shard(actor, output), "the actor to be inside a shard")
+        actor.kill()
         killed.append(actor.pid)
 
     killer = threading.Thread(target=kill_one)
