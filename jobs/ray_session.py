@@ -18,11 +18,11 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 
@@ -42,6 +42,7 @@ OBJECT_STORE_BYTES = 256 << 20
 
 # Ray puts sockets some 65 characters below its directory, and a socket's path may have 107 (103 on macOS).
 _LONGEST_TEMPORARY_ROOT = 24
+_SECONDS_TO_START = 120.0
 _SECONDS_TO_END = 10.0
 _SECONDS_TO_ANSWER = 10.0
 
@@ -127,18 +128,19 @@ def _embedded(num_cpus: int | None, object_store_bytes: int) -> Iterator[None]:
     root = tempfile.gettempdir()
     directory = tempfile.mkdtemp(prefix="blt-", dir=root if len(root) <= _LONGEST_TEMPORARY_ROOT else "/tmp")
     try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            object_store_memory=object_store_bytes,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            runtime_env=worker_runtime_env(),
-            # Workers say much that is of no use here; what goes wrong in them comes back as an exception. Those who ask
-            # for JSON collect it, and can leave out what they do not want.
-            log_to_driver=are_json(),
-            _temp_dir=directory,
-        )
+        with patient_start():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                object_store_memory=object_store_bytes,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                runtime_env=worker_runtime_env(),
+                # Workers say much that is of no use here; what goes wrong in them comes back as an exception. Those who
+                # ask for JSON collect it, and can leave out what they do not want.
+                log_to_driver=are_json(),
+                _temp_dir=directory,
+            )
         _leave_on_sigterm()
         cpus = ray.cluster_resources()["CPU"]
         logger.info("ray started seconds=%.1f cpus=%d", time.monotonic() - started, cpus)
@@ -147,6 +149,30 @@ def _embedded(num_cpus: int | None, object_store_bytes: int) -> Iterator[None]:
     finally:
         with _uninterrupted():
             _end(directory)
+
+
+@contextlib.contextmanager
+def patient_start() -> Iterator[None]:
+    """A node of Ray's that is started in the block may take 120 s to come up. Ray waits for 30, which is too short for
+    a machine that is busy with other work, and has no setting for it.
+    """
+    get_node: Callable[[str, str], object] = services.get_node
+
+    def patient(gcs_address: str, node_id: str) -> object:
+        deadline = time.monotonic() + _SECONDS_TO_START
+        while True:
+            try:
+                return get_node(gcs_address, node_id)
+            except RuntimeError:  # it is not there yet
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    services.get_node = patient
+    try:
+        yield
+    finally:
+        services.get_node = get_node
 
 
 def _end(directory: str) -> None:

@@ -29,8 +29,9 @@ import psutil  # bundled with Ray, which puts it on the path
 from blt.errors import ClusterError
 from jobs.cluster.access import asks_for_token
 from jobs.cluster.address import parse_address
+from tests.ray_command import RAY_COMMAND
 
-_SECONDS_TO_START = 90
+_SECONDS_TO_START = 150
 _PORTS = (
     "port",
     "dashboard-port",
@@ -89,7 +90,7 @@ def ray_head(
     directory = Path(tempfile.mkdtemp(prefix="blt-head-", dir="/tmp"))  # short: Ray puts sockets below it
     ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
     command = [
-        *(str(Path(bin_directory) / "ray"), "start", "--head", "--block", "--include-dashboard=true"),
+        *(*RAY_COMMAND, "start", "--head", "--block", "--include-dashboard=true"),
         *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--num-cpus={num_cpus}", "--num-gpus=0"),
         *("--object-store-memory=150000000", "--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={directory}"),
         *(f"--{name}={port}" for name, port in ports.items()),

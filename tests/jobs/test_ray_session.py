@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 # Ray is started in a process of its own, for it reads much of the environment once, when it is first imported.
 PROGRAM = """
