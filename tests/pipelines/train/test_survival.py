@@ -41,7 +41,7 @@ from pipelines.train.timeline import Event, read_timeline
 from pipelines.train.trainer import train
 from tests import waiting
 from tests.llama_checkpoint import write_llama
-from tests.pipelines.train.fake_gpu import train_worker_with_a_fake_gpu
+from tests.pipelines.train.other_workers import SLOW_MARK, slow_train_worker, train_worker_with_a_fake_gpu
 from tests.pipelines.train.tiny_run import assert_follows, expected_curve, tiny_job, told_steps, write_tiny_patches
 from tests.raylets import raylets
 from tests.s3_server import S3Server
@@ -50,8 +50,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
 
 PATIENCE_SECONDS = 150.0
 wait_for = functools.partial(waiting.wait_for, seconds=PATIENCE_SECONDS)
-SECONDS_FOR_NODES = 60.0
-"""For a group to notice that a node is there: it looks every 15 s, and a node takes some to start."""
 ON_NODES: Mapping[str, float] = MappingProxyType({"cpus_per_worker": 1.0, "gpus_per_worker": 1.0})
 """What a worker takes of a node of `cluster`."""
 
@@ -115,12 +113,6 @@ def send(number: int, worker: int = 0) -> Callable[[], None]:
     return act
 
 
-def steps_taking(seconds: float, job: TrainJob, least: int) -> int:
-    """As many steps as take about that long here, from those of a run that is done."""
-    steps = told_steps(job.output)
-    return max(least, round(seconds / ((steps[-1].at - steps[10].at) / (len(steps) - 11))))
-
-
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_the_loss_curve_is_the_same_at_any_number_of_workers(data: str, tmp_path: Path, workers: int) -> None:
@@ -150,16 +142,27 @@ def test_kill_9_of_a_worker(data: str, tmp_path: Path, survival: str) -> None:
     assert account.seconds_lost > 0
 
 
+@pytest.fixture
+def slow_mark(tmp_path: Path) -> Path:
+    """While it is there, steps of slow workers take long."""
+    (tmp_path / SLOW_MARK).touch()
+    return tmp_path / SLOW_MARK
+
+
 @pytest.mark.usefixtures("ray_local")
-def test_a_replacement_that_dies_at_once(data: str, tmp_path: Path) -> None:
+def test_a_replacement_that_dies_at_once(
+    data: str, tmp_path: Path, slow_mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The controller is still busy with it then, and not with its regular look at all workers."""
+    monkeypatch.setattr(trainer, "train_worker", slow_train_worker)
     job = tiny_job(data, tmp_path / "run", workers=3, steps=200, survival="replicated")
 
     def kill_two() -> None:
-        before = worker_processes()
+        before, new = worker_processes(), list[psutil.Process]()
         before[1].kill()
-        wait_for(lambda: not set(worker_processes()) <= set(before), "the replacement")
-        next(process for process in worker_processes() if process not in before).kill()
+        wait_for(lambda: bool(new.extend(set(worker_processes()) - set(before)) or new), "the replacement")
+        new[0].kill()
+        slow_mark.unlink()
 
     account = disturbed(job, (20, kill_two))
     assert_follows(job.output, expected_curve(job))
@@ -265,19 +268,9 @@ def drain(node_id: str) -> None:
     assert accepted, message
 
 
-def test_nodes_go_and_come(cluster: Cluster, data: str, tmp_path: Path) -> None:
+def test_nodes_go_and_come(cluster: Cluster, data: str, tmp_path: Path, slow_mark: Path) -> None:
     """One lost without notice (3 -> 2), one more (2 -> 3), one drained (3 -> 2): only the first costs steps."""
-    probe = tiny_job(data, tmp_path / "probe", workers=3, **ON_NODES)
-    train(probe)
-    job = tiny_job(
-        data,
-        tmp_path / "run",
-        workers=3,
-        min_workers=1,
-        **ON_NODES,
-        steps=steps_taking(SECONDS_FOR_NODES, probe, least=600),
-        checkpoint_every=20,
-    )
+    job = tiny_job(data, tmp_path / "run", workers=3, min_workers=1, **ON_NODES, steps=300, checkpoint_every=20)
 
     def lose() -> None:
         lose_node(cluster)
@@ -290,6 +283,8 @@ def test_nodes_go_and_come(cluster: Cluster, data: str, tmp_path: Path) -> None:
         wait_for(lambda: 2 in {s.workers for s in told_steps(job.output)}, "a group of two")
         wait_for(lambda: told_steps(job.output)[-1].workers == 3, "a group of three")
         drain(next(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")))
+        wait_for(lambda: told_steps(job.output)[-1].workers == 2, "a group without the drained node")
+        slow_mark.unlink()
 
     account = disturbed(job, (30, lose), (31, add_when_two), (32, drain_when_three))
     assert_follows(job.output, expected_curve(job))
@@ -302,24 +297,27 @@ def test_nodes_go_and_come(cluster: Cluster, data: str, tmp_path: Path) -> None:
 def lose_node(cluster: Cluster) -> None:
     """Kill the raylet of a node and all that runs below it; a worker alone may outlive its raylet."""
     raylet = psutil.Process(next(iter(cluster.worker_nodes)).all_processes["raylet"][0].process.pid)
+    raylet.suspend()  # it starts no more
     for process in (raylet, *raylet.children(recursive=True)):
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.mark.parametrize("comes_back", [False, True])
-def test_replicas_do_without_a_lost_node(cluster: Cluster, data: str, tmp_path: Path, comes_back: bool) -> None:
+def test_replicas_do_without_a_lost_node(
+    cluster: Cluster, data: str, tmp_path: Path, slow_mark: Path, comes_back: bool
+) -> None:
     """The others go on at once and to the end, no step lost; where another node comes, its worker joins them."""
     options: dict[str, Any] = {"workers": 3, "survival": "replicated", **ON_NODES}
-    probe = tiny_job(data, tmp_path / "probe", **options)
-    train(probe)
-    seconds = SECONDS_FOR_NODES if comes_back else 10.0
-    job = tiny_job(data, tmp_path / "run", **options, steps=steps_taking(seconds, probe, least=200))
+    job = tiny_job(data, tmp_path / "run", **options, steps=200)
 
     def lose() -> None:
         lose_node(cluster)
+        wait_for(lambda: told_steps(job.output)[-1].workers == 2, "two workers that go on")
         if comes_back:
-            wait_for(lambda: told_steps(job.output)[-1].workers == 2, "two workers that go on")
             cluster.add_node(num_cpus=1, num_gpus=1)
+            wait_for(lambda: told_steps(job.output)[-1].workers == 3, "a worker on the other node")
+        slow_mark.unlink()
 
     account = disturbed(job, (30, lose))
     assert_follows(job.output, expected_curve(job))
