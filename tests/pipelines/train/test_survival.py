@@ -309,7 +309,7 @@ def test_replicas_do_without_a_lost_node(
 ) -> None:
     """The others go on at once and to the end, no step lost; where another node comes, its worker joins them."""
     options: dict[str, Any] = {"workers": 3, "survival": "replicated", **ON_NODES}
-    job = tiny_job(data, tmp_path / "run", **options, steps=200)
+    job = tiny_job(data, tmp_path / "run", **options, steps=200 if comes_back else 60)
 
     def lose() -> None:
         lose_node(cluster)
