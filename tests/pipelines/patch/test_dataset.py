@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import signal
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -182,37 +181,6 @@ def test_missing_shards_are_done_again_byte_for_byte(
     assert _data_files(output) == _data_files(patched)
     assert (output / "train/shard-00000.parquet").stat().st_mtime_ns == kept
     assert _commits(output) == _commits(patched)
-
-
-@pytest.mark.slow
-def test_killed_actors_leave_no_duplicate(
-    documents: str, entropy_model_directory: str, patched: Path, tmp_path: Path
-) -> None:
-    """kill -9 of every actor when the first shard is done: the pool starts new ones, each shard is there once."""
-    killed: list[int] = []
-    finished: list[int] = []
-
-    def on_progress(num_bytes: int) -> None:
-        finished.append(num_bytes)
-        if len(finished) == 2 and not killed:
-            killed.extend(_kill_actors())
-
-    config = dataclasses.replace(CONFIG, max_actors=1)
-    manifest = patch_dataset(config, documents, entropy_model_directory, str(tmp_path / "patches"), on_progress)
-    assert manifest is not None
-    assert len(killed) == 1
-    assert len(finished) == 1 + len(manifest.shards)
-    assert sum(finished) == manifest.bytes
-    assert _data_files(tmp_path / "patches") == _data_files(patched)
-
-
-def _kill_actors() -> list[int]:
-    import psutil  # bundled with Ray, which has put it on the path by now
-
-    actors = [child for child in psutil.Process().children(recursive=True) if "PatchActor" in " ".join(child.cmdline())]
-    for actor in actors:
-        actor.send_signal(signal.SIGKILL)
-    return [actor.pid for actor in actors]
 
 
 def test_another_plan_is_refused_and_named(patched: Path, documents: str, entropy_model_directory: str) -> None:

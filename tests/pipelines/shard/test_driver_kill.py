@@ -1,11 +1,8 @@
 """kill -9 of the whole job at any moment: run again, it ends with the bytes of an undisturbed run."""
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +15,8 @@ import psutil  # bundled with Ray, which puts it on the path
 # isort: split
 
 from tests.pipelines.shard.corpora import FORMATS, tree, write_texts
+from tests.processes import kill_all, stops_when
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -32,18 +31,21 @@ def _command(root: Path, output: Path) -> list[str]:
 def _kill_when(pattern: str, count: int, command: Sequence[str], output: Path) -> None:
     """Start the command and end all its processes at once when so many files match."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + _SECONDS
-    while len(list(output.glob(pattern))) < count:
+
+    def stops() -> bool:
         assert process.poll() is None, "finished before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
+        return stops_when(process.pid, lambda: len(list(output.glob(pattern))) >= count and not _is_finished(output))
+
+    wait_for(stops, f"{count} of {pattern}", seconds=_SECONDS)
+    driver = psutil.Process(process.pid)
+    children = driver.children(recursive=True)
+    kill_all([driver, *children])
     process.wait()
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
     psutil.wait_procs(children, timeout=_SECONDS)
+
+
+def _is_finished(output: Path) -> bool:
+    return (output / "manifest.json").exists()
 
 
 def test_kill_9_of_the_driver_in_each_pass(tmp_path: Path) -> None:
@@ -57,7 +59,7 @@ def test_kill_9_of_the_driver_in_each_pass(tmp_path: Path) -> None:
     command = _command(tmp_path / "in", out)
     for pattern, count in (("_dedup/runs/*.json", 3), ("_commits/*.json", 3), ("_commits/*.json", 9)):
         _kill_when(pattern, count, command, out)
-        assert not (out / "manifest.json").exists()
+        assert not _is_finished(out)
     subprocess.run(command, check=True, capture_output=True)
     finished = tree(out)
     assert finished.keys() == whole.keys()

@@ -1,14 +1,13 @@
 """One group: bounded, reconciled, the same bytes however often it is run, also after kill -9."""
 
 import dataclasses
+import functools
 import gzip
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from pipelines.shard.group import GroupReceipt, receipt_path, write_group
 from pipelines.shard.plan import Group, plan_corpus, split_position
 from pipelines.storage import Storage
 from tests.pipelines.shard.corpora import tree
+from tests.processes import stops_when
+from tests.waiting import wait_for
 
 
 def _corpus(root: Path, documents: int = 400) -> Path:
@@ -165,6 +166,12 @@ def test_a_file_that_goes_away_ends_the_job(tmp_path: Path) -> None:
         _write_one(group, config, tmp_path / "out")
 
 
+def _stops_half_way(process: subprocess.Popen[bytes], output: Path, least: int, most: int) -> bool:
+    """Whether it stops with as many shards written."""
+    assert process.poll() is None, "finished before it could be killed"
+    return stops_when(process.pid, lambda: least <= len(list(output.glob("train/*.parquet"))) <= most)
+
+
 @pytest.mark.slow
 def test_kill_9_leaves_no_torn_file_and_a_rerun_completes(tmp_path: Path) -> None:
     config = _config(_corpus(tmp_path / "in", documents=6000), shard_bytes=8_000, group_bytes=200_000)
@@ -176,12 +183,11 @@ def test_kill_9_leaves_no_torn_file_and_a_rerun_completes(tmp_path: Path) -> Non
         "_write(_config(Path(sys.argv[1]), shard_bytes=8_000, group_bytes=200_000), Path(sys.argv[2]))"
     )
     arguments = [sys.executable, "-c", script, str(tmp_path / "in"), str(out)]
+    most = sum(path.startswith("train/") for path in whole) - 1
     for killed_at in (1, 20):
         process = subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": os.getcwd()})
-        while len(list(out.glob("train/*.parquet"))) < killed_at:
-            assert process.poll() is None
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
+        wait_for(functools.partial(_stops_half_way, process, out, killed_at, most), f"{killed_at} shards", seconds=60)
+        process.kill()
         process.wait()
         found = tree(out)
         assert killed_at <= len(found) < len(whole)
