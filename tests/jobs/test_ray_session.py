@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.processes import stops_when
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -49,6 +51,16 @@ def start(mode: str, directory: Path) -> subprocess.Popen[str]:
     )
 
 
+def stops_cleaning_up(pid: int, number: signal.Signals) -> bool:
+    """Whether it stops while it holds the signal off."""
+
+    def is_held_off() -> bool:
+        status = Path(f"/proc/{pid}/status").read_text()
+        return bool(int(status.partition("SigIgn:")[2].split()[0], 16) >> (number - 1) & 1)
+
+    return stops_when(pid, is_held_off)
+
+
 def is_running(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
@@ -77,9 +89,10 @@ def test_nothing_is_left_of_an_embedded_ray(
     pids, worker, address, listening, directory = json.loads(line)
     if number is not None:
         os.killpg(process.pid, number)  # as a terminal does: to Ray's processes too
-        time.sleep(0.2)
-        if process.poll() is None:
+        wait_for(lambda: process.poll() is not None or stops_cleaning_up(process.pid, number), "clean-up", seconds=60)
+        if process.returncode is None:
             os.killpg(process.pid, number)
+            os.kill(process.pid, signal.SIGCONT)
     out, log = process.communicate(timeout=60)
     assert process.returncode == status, log
     assert worker in pids
