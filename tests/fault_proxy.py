@@ -4,6 +4,7 @@ import contextlib
 import enum
 import http.client
 import random
+import re
 import socket
 import struct
 import threading
@@ -32,8 +33,10 @@ class Fault(enum.Enum):
 
 _ANSWERS = {Fault.SLOW_DOWN, Fault.INTERNAL, Fault.CONFLICT}
 
-Schedule = Callable[[str, str], Fault | None]
-"""The fault of a request, from its method and its path with query; called by several threads."""
+Schedule = Callable[[str, str, int], Fault | None]
+"""The fault of a request, from its method, its path with query and how often its client has sent it by now; called by
+several threads.
+"""
 
 
 class FaultProxy:
@@ -66,9 +69,12 @@ def seeded(seed: int, rate: float) -> Schedule:
     rng, lock, in_a_row = random.Random(seed), threading.Lock(), Counter[tuple[str, str]]()
     kinds = [fault for fault in Fault if fault is not Fault.CONFLICT]
 
-    def draw(method: str, path: str) -> Fault | None:
+    def draw(method: str, path: str, attempt: int) -> Fault | None:
         with lock:
-            if rng.random() >= rate or in_a_row[method, path] == _MOST_FAULTS_IN_A_ROW:
+            # A path's count alone is no limit where another client's success on it begins it again, the attempt alone
+            # none where a body that broke off is asked for by a new request.
+            most = max(in_a_row[method, path], attempt - 1)
+            if rng.random() >= rate or most >= _MOST_FAULTS_IN_A_ROW:
                 in_a_row[method, path] = 0
                 return None
             in_a_row[method, path] += 1
@@ -81,7 +87,7 @@ def first(fault: Fault, method: str, part: str = "", times: int = 1) -> Schedule
     """`fault` for the first requests of this method whose path and query contain `part`, none for others."""
     lock, left = threading.Lock(), [times]
 
-    def draw(asked: str, path: str) -> Fault | None:
+    def draw(asked: str, path: str, attempt: int) -> Fault | None:
         with lock:
             if asked != method or part not in path or not left[0]:
                 return None
@@ -96,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_request(self) -> None:
         """Forward one request and its answer, except for what the schedule says. Host stays: it is signed."""
-        fault = self.server.schedule(self.command, self.path)  # type: ignore[attr-defined]
+        fault = self.server.schedule(self.command, self.path, self._attempt())  # type: ignore[attr-defined]
         if fault is not None:
             self.server.faults[fault] += 1  # type: ignore[attr-defined]
         length = int(self.headers.get("Content-Length", 0))
@@ -116,6 +122,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: a test says what it needs."""
+
+    def _attempt(self) -> int:
+        """As botocore tells it: "ttl=...; attempt=2; max=7"."""
+        (attempt,) = re.findall(r"\battempt=(\d+)", self.headers["amz-sdk-request"])
+        return int(attempt)
 
     def _forward(self, body: bytes, fault: Fault | None) -> None:
         upstream = http.client.HTTPConnection(self.server.upstream, timeout=60)  # type: ignore[attr-defined]

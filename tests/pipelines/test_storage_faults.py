@@ -129,7 +129,7 @@ def test_reading_survives_every_fault(s3: S3Server) -> None:
 
 @pytest.mark.s3
 def test_service_that_keeps_failing_is_an_error_of_one_line(s3: S3Server) -> None:
-    with behind_proxy(s3, lambda method, path: Fault.INTERNAL, attempts=1) as (storage, _):
+    with behind_proxy(s3, lambda method, path, attempt: Fault.INTERNAL, attempts=1) as (storage, _):
         for use in (storage.read_bytes, storage.exists, lambda path: storage.write_exclusive(path, b"")):
             with pytest.raises(DataError, match=rf"{storage.url('x')}: .*(InternalError|500)"):
                 use("x")
@@ -151,7 +151,7 @@ def test_upload_that_fails_is_taken_back(method: str, s3: S3Server, caplog: pyte
 def test_upload_that_cannot_be_taken_back_is_logged_and_found_later(
     s3: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def failing(method: str, path: str) -> Fault | None:
+    def failing(method: str, path: str, attempt: int) -> Fault | None:
         return Fault.INTERNAL if "uploadId=" in path and method in ("POST", "DELETE") else None
 
     with behind_proxy(s3, failing, attempts=1) as (storage, _):

@@ -151,7 +151,7 @@ def test_s3_that_takes_no_more_data(s3: S3Server) -> None:
     before = Storage(root).sizes()
     for part in ("model-", "step-0", "complete.json"):
 
-        def refuse(method: str, path: str, part: str = part) -> Fault | None:
+        def refuse(method: str, path: str, attempt: int, part: str = part) -> Fault | None:
             return Fault.SLOW_DOWN if method == "PUT" and part in path else None
 
         def work(root: str) -> None:
@@ -169,7 +169,7 @@ def test_a_lost_answer_to_the_last_write(s3: S3Server) -> None:
     root = s3.url(uuid.uuid4().hex)
     saved(root, 10, keep=2)
 
-    def lose(method: str, path: str) -> Fault | None:
+    def lose(method: str, path: str, attempt: int) -> Fault | None:
         return Fault.LOSE_RESPONSE if method == "PUT" and path.endswith("complete.json") else None
 
     def work(root: str) -> None:
