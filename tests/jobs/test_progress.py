@@ -2,16 +2,14 @@
 
 import logging
 import re
-import time
-import urllib.request
 
 import pytest
-import ray
 
 from jobs import progress as module
 from jobs.progress import progress
 from jobs.stage_metrics import DONE, PLANNED, exported_stages
 from pipelines.log_line import add_fields, lines_of_a_run
+from tests.metrics_page import wait_for_figures
 
 
 def test_log_lines_are_paced_and_end_with_the_totals(
@@ -47,6 +45,7 @@ def test_failed_work_is_not_reported_as_done(caplog: pytest.LogCaptureFixture) -
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
+@pytest.mark.timeout(200)
 def test_what_is_done_is_on_the_metrics_page_of_ray() -> None:
     with lines_of_a_run(as_json=False, details=False), exported_stages():
         add_fields(run="shard-0")
@@ -54,16 +53,11 @@ def test_what_is_done_is_on_the_metrics_page_of_ray() -> None:
             bar.advance(1000)
             bar.advance(1500)
     wanted = {f"ray_{DONE}_total": 2500.0, f"ray_{PLANNED}": 3000.0}
-    deadline = time.monotonic() + 30
-    while (found := _scraped("scraped")) != wanted:
-        assert time.monotonic() < deadline, f"{found}, wanted {wanted}"
-        time.sleep(0.2)
+    assert wait_for_figures(_scraped, wanted).keys() == wanted.keys()
 
 
-def _scraped(stage: str) -> dict[str, float]:
-    """The metrics of a stage on the page, by name."""
-    port = ray.nodes()[0]["MetricsExportPort"]
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
-        samples = re.findall(r"^(ray_blt_\w+)\{(.*)\} (\S+)$", page.read().decode(), re.MULTILINE)
-    labels = {f'stage="{stage}"', 'unit="bytes"', 'run="shard-0"'}
+def _scraped(page: str) -> dict[str, float]:
+    """The metrics of the stage on the page, by name."""
+    samples = re.findall(r"^(ray_blt_\w+)\{(.*)\} (\S+)$", page, re.MULTILINE)
+    labels = {'stage="scraped"', 'unit="bytes"', 'run="shard-0"'}
     return {name: float(value) for name, told, value in samples if labels <= set(told.split(","))}

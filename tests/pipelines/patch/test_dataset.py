@@ -4,15 +4,12 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 
 from blt.checkpoint import fingerprint
@@ -26,6 +23,7 @@ from pipelines.patch.calibration import Calibration, write_calibration
 from pipelines.patch.commit import Commit, read_commits, read_plan, record
 from pipelines.schema import unpack_starts
 from pipelines.storage import Storage
+from tests.metrics_page import wait_for_figures
 from tests.pipelines.patch.corpus import EDGE_DOCUMENTS, prose, write_documents
 from tests.pipelines.patch.in_process import use_in_process_pool
 
@@ -252,6 +250,7 @@ def test_an_error_in_an_actor_reaches_the_driver_as_it_is(tmp_path: Path) -> Non
     assert manifest.documents == 2
 
 
+@pytest.mark.timeout(200)
 def test_the_figures_are_on_the_metrics_page_of_ray(tmp_path: Path) -> None:
     shards = {f"train/shard-{i:05d}.parquet": [prose(i, 3000)] for i in range(3)}
     root = write_documents(tmp_path / "documents", shards, sources=dict.fromkeys(shards, "scraped"))
@@ -259,22 +258,16 @@ def test_the_figures_are_on_the_metrics_page_of_ray(tmp_path: Path) -> None:
     assert manifest is not None
     patches = sum(shard.patches or 0 for shard in manifest.shards)
     wanted = {"documents_total": manifest.documents, "bytes_total": manifest.bytes, "patches_total": patches}
-    deadline = time.monotonic() + 30
-    while (found := _scraped("scraped")).items() & wanted.items() != wanted.items():
-        assert time.monotonic() < deadline, f"{found}, wanted {wanted}"
-        time.sleep(0.2)
+    found = wait_for_figures(_scraped, wanted)
     seconds = {f"{stage}_seconds_total" for stage in ("reading", "inferring", "writing")}
     assert found.keys() == wanted.keys() | seconds | {"actor_bytes_per_second"}
 
 
-def _scraped(source: str) -> dict[str, float]:
-    """Sums over actors of the patch metrics of a source, by name."""
-    port = ray.nodes()[0]["MetricsExportPort"]
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
-        lines = page.read().decode().splitlines()
+def _scraped(page: str) -> dict[str, float]:
+    """Sums over actors of the patch metrics of the source, by name."""
     sums: dict[str, float] = {}
-    for line in lines:
-        if line.startswith("ray_blt_patch_") and f'source="{source}"' in line:
+    for line in page.splitlines():
+        if line.startswith("ray_blt_patch_") and 'source="scraped"' in line:
             name = line.partition("{")[0].removeprefix("ray_blt_patch_")
             sums[name] = sums.get(name, 0.0) + float(line.rpartition(" ")[2])
     return sums

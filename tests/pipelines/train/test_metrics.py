@@ -1,13 +1,11 @@
 """Metrics of a run on disk: a step stands there once, whatever was interrupted."""
 
+import functools
 import json
 import re
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
-import ray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines.train.metrics import (
@@ -19,6 +17,7 @@ from pipelines.train.metrics import (
     read_metrics,
 )
 from pipelines.train.trainer import train
+from tests.metrics_page import wait_for_figures
 from tests.pipelines.train.tiny_run import tiny_job, write_tiny_patches
 
 
@@ -120,6 +119,7 @@ def test_what_is_told_late_does_not_hide_the_newest_step(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
+@pytest.mark.timeout(200)
 def test_every_figure_is_in_the_file_in_tensorboard_and_on_the_metrics_page_of_ray(tmp_path: Path) -> None:
     data, output = write_tiny_patches(tmp_path / "patches"), tmp_path / "run"
     job = tiny_job(data, output, steps=4, log_every=2, checkpoint_every=2, valid_every=4)
@@ -131,16 +131,11 @@ def test_every_figure_is_in_the_file_in_tensorboard_and_on_the_metrics_page_of_r
         told = {int(record["step"]): record[name] for record in records if name in record}
         assert dict(scalars(output, name)) == pytest.approx(told, rel=1e-6), name  # TensorBoard's are float32
     wanted = {f"ray_blt_{name.replace('/', '_')}": pytest.approx(value) for name, value in newest.items()}
-    deadline = time.monotonic() + 30
-    while (found := _scraped(job.run)) != wanted:
-        assert time.monotonic() < deadline, f"{found}, wanted {wanted}"
-        time.sleep(0.2)
+    found = wait_for_figures(functools.partial(_scraped, job.run), wanted)
+    assert found.keys() == wanted.keys()
 
 
-def _scraped(run: str) -> dict[str, float]:
+def _scraped(run: str, page: str) -> dict[str, float]:
     """The gauges of a run on the page, by name."""
-    port = ray.nodes()[0]["MetricsExportPort"]
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
-        text = page.read().decode()
-    samples = re.findall(r"^(ray_blt_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
+    samples = re.findall(r"^(ray_blt_\w+)\{(.*)\} (\S+)$", page, re.MULTILINE)
     return {name: float(value) for name, labels, value in samples if f'run="{run}"' in labels}
