@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import psutil  # bundled with Ray, which puts it on the path
 from blt.errors import ClusterError
 from jobs.cluster.access import asks_for_token
 from jobs.cluster.address import parse_address
+from tests.ports import RAY_PORTS, free_ports
 from tests.ray_command import RAY_COMMAND
 
 _SECONDS_TO_START = 150
@@ -88,7 +88,7 @@ def ray_head(
     kept["PATH"] = os.pathsep.join([bin_directory, kept.get("PATH", "")])
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
     directory = Path(tempfile.mkdtemp(prefix="blt-head-", dir="/tmp"))  # short: Ray puts sockets below it
-    ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+    ports = dict(zip(_PORTS, free_ports(len(_PORTS), RAY_PORTS), strict=True))
     command = [
         *(*RAY_COMMAND, "start", "--head", "--block", "--include-dashboard=true"),
         *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--num-cpus={num_cpus}", "--num-gpus=0"),
@@ -147,14 +147,6 @@ def _autoscaling(autoscaler: Autoscaler, gcs_address: str, num_cpus: int) -> dic
         "file_mounts_sync_continuously": False,
         **{name: list[str]() for name in lists},
     }
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ import botocore.config
 import botocore.exceptions
 import botocore.session
 import s3fs
+
+from tests.ports import S3_PORTS, free_ports
 
 BUCKET = "blt"
 ACCESS_KEY, SECRET_KEY = "testkey", "testsecret"
@@ -89,7 +90,8 @@ def _command(directory: Path) -> tuple[list[str], str]:
     (directory / "data").mkdir()
     (directory / "s3.json").write_text(json.dumps({"identities": [_IDENTITY]}))
     services = ("master", "volume", "filer", "s3", "admin")
-    ports = dict(zip(services, _free_ports(len(services)), strict=True))
+    # Every service opens the port 10000 higher too.
+    ports = dict(zip(services, free_ports(len(services), S3_PORTS, higher=10_000), strict=True))
     # Telemetry is on by default; a server that tests start must not call anybody.
     options = (
         "-dir=data -ip=127.0.0.1 -ip.bind=127.0.0.1 -master.telemetry=false -admin.ui=false -webdav=false "
@@ -97,21 +99,6 @@ def _command(directory: Path) -> tuple[list[str], str]:
     )
     ports_of_services = [f"-{service}.port={port}" for service, port in ports.items()]
     return [weed, "-logtostderr=true", "mini", *options.split(), *ports_of_services], f"http://127.0.0.1:{ports['s3']}"
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free together with the port 10000 higher, which every service opens too."""
-    with contextlib.ExitStack() as held:
-        found: list[int] = []
-        while len(found) < count:
-            low = held.enter_context(socket.socket())
-            low.bind(("127.0.0.1", 0))
-            port = int(low.getsockname()[1])
-            high = held.enter_context(socket.socket())
-            with contextlib.suppress(OSError, OverflowError):
-                high.bind(("127.0.0.1", port + 10_000))
-                found.append(port)
-        return found
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
