@@ -41,7 +41,7 @@ def run(head: RayHead, *arguments: str) -> tuple[dict[str, object], str]:
 
 
 def test_from_documents_to_a_trained_model(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Submitted, left alone, attached to, read and listed; another job is stopped."""
+    """A job is submitted, left alone, attached to and stopped; another is followed to its end, read and listed."""
     root = s3.url("cluster")
     shards = {
         "train/shard-00000.parquet": [prose(1, 8000), prose(2, 8000)],
@@ -54,15 +54,19 @@ def test_from_documents_to_a_trained_model(s3: S3Server, tmp_path: Path, monkeyp
     train = (*train, f"documents={root}/documents")
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     with ray_head({**s3.environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}) as head:
-        job = _interrupted(head, *train, f"output={root}/entropy")
+        endless = (*train, "steps=100000", f"output={root}/long")
+        long, _ = _interrupted(head, *endless)
+        again, attached = _interrupted(head, *endless)
+        assert again == long
+        assert f"attached to the same run job={long} status=RUNNING" in attached
+        assert f"Running entrypoint for job {long}" in attached, "the log from its beginning"
+        assert run(head, "stop", long)[0]["job_status"] == "STOPPED"
         result, printed = run(head, "submit", "--follow", *train, f"output={root}/entropy")
-        assert f"attached to the same run job={job} status=RUNNING" in printed
-        assert f"Running entrypoint for job {job}" in printed, "the log from its beginning"
-        assert (result["status"], result["job"], result["job_status"]) == ("done", job, "SUCCEEDED")
+        job = str(result["job"])
+        assert f"Running entrypoint for job {job}" in printed
+        assert (result["status"], result["job_status"]) == ("done", "SUCCEEDED")
         assert result["steps"] == settings["steps"]
         log = run(head, "logs", job)[1]
-        long = str(run(head, "submit", *train, "steps=100000", f"output={root}/long")[0]["job"])
-        assert run(head, "stop", long)[0]["job_status"] == "STOPPED"
         jobs, listed = run(head, "jobs")
         assert [jobs[f"job.{one}"] for one in (job, long)] == ["SUCCEEDED", "STOPPED"]
         logs = b"".join(
@@ -79,12 +83,12 @@ def test_from_documents_to_a_trained_model(s3: S3Server, tmp_path: Path, monkeyp
     assert load_entropy_model(local_model(f"{root}/entropy/model")) is not None
     stored = b"".join(Storage(root).read_bytes(path) for path in Storage(root).list())
     for secret in (SECRET_KEY, TOKEN):
-        for place in ((printed + log + listed).encode(), logs, stored):
+        for place in ((attached + printed + log + listed).encode(), logs, stored):
             assert secret.encode() not in place
 
 
-def _interrupted(head: RayHead, *command: str) -> str:
-    """Submit, follow until the job runs, and press Ctrl-C; the job's id."""
+def _interrupted(head: RayHead, *command: str) -> tuple[str, str]:
+    """Submit, follow until the job runs, and press Ctrl-C; the job's id, and all that was printed."""
     arguments = blt(head, "submit", "--follow", *command)
     with subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ, start_new_session=True
@@ -103,4 +107,4 @@ def _interrupted(head: RayHead, *command: str) -> str:
     assert error == (
         f"interrupted; job {job} goes on: `blt logs {job} --follow` attaches again, `blt stop {job}` ends it"
     )
-    return job
+    return job, said + rest + out
