@@ -29,6 +29,7 @@ from blt.errors import ClusterError
 from jobs.cluster.access import asks_for_token
 from jobs.cluster.address import parse_address
 from tests.ports import RAY_PORTS, free_ports
+from tests.processes import kill_all
 from tests.ray_command import RAY_COMMAND
 
 _SECONDS_TO_START = 150
@@ -167,8 +168,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill `ray start` and all that it has started, and nothing else: nothing of it is to be kept."""
     own = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.kill()
-    for one in own:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
+    kill_all(own)
     process.wait()
     psutil.wait_procs(own, timeout=10)

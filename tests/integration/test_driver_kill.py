@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ import psutil  # bundled with Ray, which puts it on the path
 
 from pipelines.train.metrics import read_metrics
 from tests.pipelines.train.tiny_run import write_tiny_patches
+from tests.processes import kill_all
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -60,9 +60,7 @@ def test_a_killed_driver_goes_on_from_its_checkpoint(command: list[str], tmp_pat
         with pytest.raises(subprocess.TimeoutExpired):  # it must not have ended
             driver.wait(0.02)
     children = psutil.Process(driver.pid).children(recursive=True)
-    for process in (psutil.Process(driver.pid), *children):
-        if process.is_running():
-            process.send_signal(signal.SIGKILL)
+    kill_all([psutil.Process(driver.pid), *children])
     driver.wait()
     psutil.wait_procs(children, timeout=30)
     steps_before = [record["step"] for record in read_metrics(output)]
