@@ -43,6 +43,7 @@ from tests import waiting
 from tests.llama_checkpoint import write_llama
 from tests.pipelines.train.other_workers import SLOW_MARK, slow_train_worker, train_worker_with_a_fake_gpu
 from tests.pipelines.train.tiny_run import assert_follows, expected_curve, tiny_job, told_steps, write_tiny_patches
+from tests.processes import kill_all
 from tests.raylets import raylets
 from tests.s3_server import S3Server
 
@@ -298,9 +299,7 @@ def lose_node(cluster: Cluster) -> None:
     """Kill the raylet of a node and all that runs below it; a worker alone may outlive its raylet."""
     raylet = psutil.Process(next(iter(cluster.worker_nodes)).all_processes["raylet"][0].process.pid)
     raylet.suspend()  # it starts no more
-    for process in (raylet, *raylet.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    kill_all([raylet, *raylet.children(recursive=True)])
 
 
 @pytest.mark.parametrize("comes_back", [False, True])
