@@ -21,9 +21,9 @@ quickstart: $(INSTALLED)  ## from the shipped text to a trained BLT and a report
 test: $(INSTALLED)  ## run the fast tests, in two processes
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-slow: $(INSTALLED)  ## run the slow tests, those without Ray in two processes
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not ray and not gpu"
-	@$(BIN)/python -m pytest -q -m "slow and ray and not gpu"
+test-slow: $(INSTALLED)  ## run the slow tests, in two processes but for those of tests/integration
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and not gpu" --ignore tests/integration
+	@$(BIN)/python -m pytest -q -m "slow and not gpu" tests/integration
 
 check: $(INSTALLED)  ## lint, formatting, types, known vulnerabilities and the fast tests
 	@echo "ruff check" && $(BIN)/ruff check --quiet .

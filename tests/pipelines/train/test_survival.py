@@ -117,7 +117,7 @@ def send(number: int, worker: int = 0) -> Callable[[], None]:
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_the_loss_curve_is_the_same_at_any_number_of_workers(data: str, tmp_path: Path, workers: int) -> None:
-    job = tiny_job(data, tmp_path / "run", workers=workers, steps=300 if workers == 3 else 50)
+    job = tiny_job(data, tmp_path / "run", workers=workers, steps=100 if workers == 3 else 50)
     account = train(job).account
     assert_follows(job.output, expected_curve(job))
     assert (account.interruptions, account.goodput) == ((), 1.0)
