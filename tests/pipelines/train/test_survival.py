@@ -47,7 +47,7 @@ from tests.processes import kill_all
 from tests.raylets import raylets
 from tests.s3_server import S3Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 
 PATIENCE_SECONDS = 150.0
 wait_for = functools.partial(waiting.wait_for, seconds=PATIENCE_SECONDS)
@@ -271,7 +271,7 @@ def drain(node_id: str) -> None:
 
 def test_nodes_go_and_come(cluster: Cluster, data: str, tmp_path: Path, slow_mark: Path) -> None:
     """One lost without notice (3 -> 2), one more (2 -> 3), one drained (3 -> 2): only the first costs steps."""
-    job = tiny_job(data, tmp_path / "run", workers=3, min_workers=1, **ON_NODES, steps=300, checkpoint_every=20)
+    job = tiny_job(data, tmp_path / "run", workers=3, min_workers=1, **ON_NODES, steps=160, checkpoint_every=20)
 
     def lose() -> None:
         lose_node(cluster)
@@ -308,7 +308,7 @@ def test_replicas_do_without_a_lost_node(
 ) -> None:
     """The others go on at once and to the end, no step lost; where another node comes, its worker joins them."""
     options: dict[str, Any] = {"workers": 3, "survival": "replicated", **ON_NODES}
-    job = tiny_job(data, tmp_path / "run", **options, steps=200 if comes_back else 60)
+    job = tiny_job(data, tmp_path / "run", **options, steps=150 if comes_back else 60)
 
     def lose() -> None:
         lose_node(cluster)
