@@ -1,12 +1,11 @@
 """What a failed try of Ray Train reserved is given back, and nothing else."""
 
-import time
-
 import pytest
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from pipelines.train.trainer import _placement_groups_removed
+from tests.waiting import wait_for
 
 PATIENCE_SECONDS = 60.0
 
@@ -15,20 +14,25 @@ def state(group: PlacementGroup) -> str:
     return str(placement_group_table(group)["state"])
 
 
+def free_cpus() -> int:
+    return int(ray.available_resources().get("CPU", 0))
+
+
 def fail_with(reserved: list[PlacementGroup], cpus: int) -> None:
     with _placement_groups_removed():
         reserved.append(placement_group([{"CPU": 1}] * cpus))
-        ray.get(reserved[0].ready())
+        assert reserved[0].wait(PATIENCE_SECONDS)
         raise RuntimeError("the start failed")
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_a_failed_try_gives_its_cpus_back() -> None:
-    """All CPUs again: the next try would wait for them for ever."""
-    cpus = int(ray.cluster_resources()["CPU"])
+    """All CPUs that were free: the next try would wait for them for ever."""
+    wait_for(lambda: free_cpus() >= 2, "two free CPUs", seconds=PATIENCE_SECONDS)
+    cpus = free_cpus()  # an actor of an earlier test may hold another
     others = placement_group([{"CPU": 1}])
-    ray.get(others.ready())
+    assert others.wait(PATIENCE_SECONDS)
     try:
         with pytest.raises(RuntimeError, match="the start failed"):
             fail_with(left := [], cpus - 1)
@@ -41,7 +45,4 @@ def test_a_failed_try_gives_its_cpus_back() -> None:
         remove_placement_group(kept)
     finally:
         remove_placement_group(others)
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while ray.available_resources().get("CPU", 0) < cpus:
-        assert time.monotonic() < deadline, "the CPUs are not given back"
-        time.sleep(0.05)
+    wait_for(lambda: free_cpus() >= cpus, "the CPUs to be given back", seconds=PATIENCE_SECONDS)
