@@ -157,7 +157,7 @@ def test_train(survival: str, machines: Machines, tmp_path: Path) -> None:
         cpus_per_worker=1.0,
         steps=200,
         checkpoint_every=every,
-        hang_seconds=10.0,
+        hang_seconds=20.0,  # longer than it takes Ray to give the node up, which is what ends the wait
         wait_for_resources=True,
     )
     config = train.Config(**vars(job.config), model=job.model, data=data, output=str(output))  # type: ignore[arg-type]
@@ -168,18 +168,18 @@ def test_train(survival: str, machines: Machines, tmp_path: Path) -> None:
         machines.cut(lost)
         wait_for(lambda: command.poll() is not None or told_steps(output)[-1].workers == 1, "a step without it")
         machines.wait_until_given_up()
+        assert command.poll() is None, "the run was over too soon"
         machines.bring_back(lost)
         result = machines.result(command)
     assert_follows(output, expected_curve(job))
     sizes = [size for size, _ in itertools.groupby(step.workers for step in told_steps(output))]
     assert sizes[:2] == [2, 1]
-    causes = {entry.cause for entry in read_timeline(str(output)) if isinstance(entry, Event)}
-    assert causes & {"failure", "hang"}, "what is told first: that the node is gone, or that its share does not come"
+    assert "failure" in {entry.cause for entry in read_timeline(str(output)) if isinstance(entry, Event)}
     assert result["steps"] == job.config.steps
     if loses_nothing:
         assert result["steps_redone"] == 0
     else:
-        assert result["steps_redone"] <= 2 * every  # the newest checkpoint may not have been whole yet
+        assert 0 < result["steps_redone"] <= 2 * every  # the newest checkpoint may not have been whole yet
     records = [record for record in read_metrics(output) if "train/bytes" in record]
     assert [record["step"] for record in records] == list(range(1, job.config.steps + 1)), "each step once"
     assert sum(record["train/bytes"] for record in records) == result["bytes"]

@@ -159,10 +159,15 @@ def test_a_replacement_that_dies_at_once(
     job = tiny_job(data, tmp_path / "run", workers=3, steps=200, survival="replicated")
 
     def kill_two() -> None:
-        before, new = worker_processes(), list[psutil.Process]()
-        before[1].kill()
-        wait_for(lambda: bool(new.extend(set(worker_processes()) - set(before)) or new), "the replacement")
-        new[0].kill()
+        before, new = set(worker_processes()), set[psutil.Process]()
+
+        def is_replaced() -> bool:
+            new.update(set(worker_processes()) - before)
+            return bool(new)
+
+        worker_processes()[1].kill()
+        wait_for(is_replaced, "the replacement")
+        new.pop().kill()
         slow_mark.unlink()
 
     account = disturbed(job, (20, kill_two))
