@@ -54,7 +54,7 @@ class Measured:
     """Of the driver, for a block of Ray Data (pipelines/actor_pool.py)."""
     manifest_bytes_per_shard: float = 236.0
     index_bytes_per_row_group: float = 84.0
-    driver_bytes_per_shard: float = 2.5e3
+    driver_bytes_per_shard: float = 1.7e3
     """Manifest, plan and commits in memory."""
     bytes_per_row_group: float = 0.3e3
     """Index and order in memory, of the driver and of every worker."""

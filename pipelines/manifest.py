@@ -21,9 +21,10 @@ Split = Literal["train", "valid"]
 SPLITS: tuple[Split, ...] = ("train", "valid")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ShardEntry:
-    """One Parquet file of a dataset."""
+class ShardEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One Parquet file of a dataset. There may be 100,000: none is tracked by the garbage collector, which would walk
+    over all of them again and again.
+    """
 
     path: str
     """Relative to the root of the dataset."""

@@ -9,7 +9,8 @@ import hashlib
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Self
 
 import msgspec
 
@@ -29,9 +30,10 @@ _LISTINGS = 20
 """Listings to make while another driver gathers the records that were just listed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Commit:
-    """The record of one finished shard. Done again, it is equal: seconds are information and not compared."""
+class Commit(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """The record of one finished shard; that of the same work agrees with it. As many as shards, so not tracked by the
+    garbage collector.
+    """
 
     id: str
     path: str
@@ -46,7 +48,14 @@ class Commit:
     """Of the data file."""
     plan: str
     """Hash of the plan that it was made under."""
-    seconds: StageSeconds = field(default=StageSeconds(), compare=False)
+    seconds: StageSeconds = StageSeconds()
+
+    def agrees_with(self, other: Self) -> bool:
+        """Whether both tell of the same file made in the same way; seconds may differ."""
+        return msgspec.structs.replace(self, seconds=other.seconds) == other
+
+
+_DECODER = msgspec.json.Decoder(Commit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +128,7 @@ def _read(storage: Storage, path: str) -> list[Commit]:
     """The records of one file; DataError if it is broken."""
     data = storage.read_bytes(path)
     try:
-        return [msgspec.json.decode(line, type=Commit) for line in data.splitlines()]
+        return _DECODER.decode_lines(data)
     except ValueError as error:
         raise DataError(
             f"commit {storage.url(path)} is broken: {error}; remove it to have its shards verified"
@@ -135,7 +144,7 @@ def _unique(storage: Storage, plan_hash: str, found: Iterable[Commit]) -> dict[s
                 f"commit {commit.id} in {storage.url(COMMITS)} belongs to another plan; "
                 "choose another output or remove the directory"
             )
-        if commits.setdefault(commit.id, commit) != commit:
+        if not commits.setdefault(commit.id, commit).agrees_with(commit):
             raise DataError(
                 f"two commits of {commit.id} in {storage.url(COMMITS)} differ; "
                 f"remove them and {storage.url(commit.path)} to have it made again"
@@ -152,7 +161,7 @@ def record(storage: Storage, commit: Commit) -> None:
         there = _read(storage, path)
     except FileNotFoundError:  # gathered into a part this moment
         return
-    if there != [commit]:
+    if [one.agrees_with(commit) for one in there] != [True]:
         raise DataError(
             f"commit {storage.url(path)} does not describe {storage.url(commit.path)}; "
             "remove both to have it made again"

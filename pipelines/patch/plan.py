@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from blt.errors import ConfigError, DataError
 from blt.patching import ENTROPY_STEPS_PER_NAT, PatchRule
 from pipelines.actor_pool import ActorPoolConfig
@@ -79,9 +81,10 @@ class EntropyOrigin:
     row_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class PatchUnit:
-    """One unit of work: a document shard, which becomes one data file and one commit."""
+class PatchUnit(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One unit of work: a document shard, which becomes one data file and one commit. As many as shards, so not tracked
+    by the garbage collector.
+    """
 
     id: str
     """SPLIT-00000, the name of its commit."""

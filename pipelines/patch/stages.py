@@ -9,8 +9,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+import msgspec
 
 Read = TypeVar("Read")
 Made = TypeVar("Made")
@@ -18,8 +19,7 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True, kw_only=True)
-class StageSeconds:
+class StageSeconds(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Wall-clock seconds of one piece of work, and how long each stage was busy meanwhile; stages overlap."""
 
     reading: float = 0.0

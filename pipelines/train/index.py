@@ -16,9 +16,10 @@ from pipelines.train.packing import cut_sequences
 from pipelines.train.row_group import num_row_groups, read_row_group
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class IndexedRowGroup:
-    """A row group and the number of sequences it is cut into."""
+class IndexedRowGroup(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A row group and the number of sequences it is cut into. Large corpora have millions: none is tracked by the
+    garbage collector, which would walk over all of them.
+    """
 
     path: str
     source: str

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,7 +49,7 @@ def test_fingerprint_follows_every_field() -> None:
     nothing = SourceCounts(rows_in=1, rows_out=0, quarantined=1, filtered=0, bytes=0)
     others = [
         _manifest(patching=dataclasses.replace(manifest.patching, rule=PatchRule(threshold=1.26))),
-        _manifest(shards=(manifest.shards[0], dataclasses.replace(manifest.shards[1], sha256="ce"))),
+        _manifest(shards=(manifest.shards[0], msgspec.structs.replace(manifest.shards[1], sha256="ce"))),
         _manifest(counts=manifest.counts | {"t": nothing}),
         _manifest(entropies=True),
     ]
@@ -121,7 +122,7 @@ def test_manifest_is_plain_json(tmp_path: Path) -> None:
 )
 def test_a_shard_outside_the_dataset_is_refused(path: str, tmp_path: Path) -> None:
     """In a manifest as it is made, and in one that somebody else has written: nothing outside is read or made."""
-    shard = dataclasses.replace(_manifest().shards[0], path=path)
+    shard = msgspec.structs.replace(_manifest().shards[0], path=path)
     with pytest.raises(DataError, match="does not lie inside its dataset"):
         _manifest(shards=(shard, _manifest().shards[1]))
     root = tmp_path / "dataset"

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_counts_that_are_not_the_manifests_are_an_error(model: str, tmp_path: Pa
     root = write_patches(tmp_path, SHARDS, patching=PATCHING)
     manifest = read_manifest(root)
     changed = [
-        dataclasses.replace(shard, patches=(shard.patches or 0) + 1) if shard.path.startswith("valid") else shard
+        msgspec.structs.replace(shard, patches=(shard.patches or 0) + 1) if shard.path.startswith("valid") else shard
         for shard in manifest.shards
     ]
     write_manifest(root, dataclasses.replace(manifest, shards=tuple(changed)))

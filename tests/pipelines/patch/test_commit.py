@@ -1,12 +1,12 @@
 """Commit records: gathered into parts, read with few calls, equal where they are there twice, never of another plan."""
 
 import collections
-import dataclasses
 import json
 import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from blt.errors import ConfigError, DataError
@@ -112,10 +112,10 @@ def test_a_record_that_is_gathered_after_the_listing_is_found_again(
 
 def test_records_that_contradict_each_other_are_refused(storage: Storage, plan: PatchPlan) -> None:
     commit = _commits(plan)[0]
-    record(storage, dataclasses.replace(commit, seconds=StageSeconds()))  # seconds are not compared
+    record(storage, msgspec.structs.replace(commit, seconds=StageSeconds()))  # seconds are not compared
     with pytest.raises(DataError, match=r"train-00000\.json does not describe .*shard-00000\.parquet"):
-        record(storage, dataclasses.replace(commit, sha256="y"))
-    gather(storage, [dataclasses.replace(commit, sha256="y")])
+        record(storage, msgspec.structs.replace(commit, sha256="y"))
+    gather(storage, [msgspec.structs.replace(commit, sha256="y")])
     record(storage, commit)
     with pytest.raises(DataError, match="two commits of train-00000"):
         read_commits(storage, plan.hash)

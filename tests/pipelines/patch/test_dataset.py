@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -178,7 +179,9 @@ def test_missing_shards_are_done_again_byte_for_byte(
     assert manifest == read_manifest(str(patched))
     assert _data_files(output) == _data_files(patched)
     assert (output / "train/shard-00000.parquet").stat().st_mtime_ns == kept
-    assert _commits(output) == _commits(patched)
+    again, before = _commits(output), _commits(patched)
+    assert again.keys() == before.keys()
+    assert all(again[id].agrees_with(commit) for id, commit in before.items())
 
 
 def test_another_plan_is_refused_and_named(patched: Path, documents: str, entropy_model_directory: str) -> None:
@@ -258,9 +261,9 @@ def test_the_figures_are_on_the_metrics_page_of_ray(tmp_path: Path) -> None:
     assert manifest is not None
     patches = sum(shard.patches or 0 for shard in manifest.shards)
     wanted = {"documents_total": manifest.documents, "bytes_total": manifest.bytes, "patches_total": patches}
-    found = wait_for_figures(_scraped, wanted)
-    seconds = {f"{stage}_seconds_total" for stage in ("reading", "inferring", "writing")}
-    assert found.keys() == wanted.keys() | seconds | {"actor_bytes_per_second"}
+    wanted |= {f"{stage}_seconds_total": ANY for stage in ("reading", "inferring", "writing")}
+    wanted["actor_bytes_per_second"] = ANY
+    assert wait_for_figures(_scraped, wanted).keys() == wanted.keys()
 
 
 def _scraped(page: str) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -70,7 +71,7 @@ class _Dataset:
     def _enter(self, sha256: str) -> None:
         manifest = read_manifest(str(self.root))
         shards = [
-            dataclasses.replace(shard, sha256=sha256) if shard.path == PATH else shard for shard in manifest.shards
+            msgspec.structs.replace(shard, sha256=sha256) if shard.path == PATH else shard for shard in manifest.shards
         ]
         write_manifest(str(self.root), dataclasses.replace(manifest, shards=tuple(shards)))
 
