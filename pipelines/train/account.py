@@ -1,8 +1,8 @@
 """The account of a run: its timeline in; steps redone, seconds lost for each interruption, and goodput out. Pure.
 
 An interruption begins after the last step that stood and ends with the first step that was new again; what it cost is
-the time between, less that step's own. So a restart, the steps done again after it and tries that were given up all
-count as lost; evaluation and checkpoints do not.
+the time between, less that step's own. So a restart, the steps done again after it, tries that were given up and the
+wait for a worker that the others then went on without all count as lost; evaluation and checkpoints do not.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ _RANK: tuple[Cause, ...] = (
 )
 """Of several events before the next new step, the first of these is the cause."""
 _LATE_SECONDS = 60.0
-"""The cluster may tell why a step was given up only after the others went on."""
+"""The cluster may tell why a worker was lost only after the others went on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,8 @@ class Ledger:
 
     high: int = 0
     """Newest step that was made for the first time."""
+    workers: int = 0
+    """That made it."""
     begun: float | None = None
     started: float | None = None
     last: float = 0.0
@@ -126,9 +128,9 @@ class Ledger:
         elif step.step <= self.high:
             self.redone, self.newest = self.redone + 1, step
             return
-        elif self.causes or self.redone or step.tries > 1:
+        elif self.causes or self.redone or step.tries > 1 or step.workers < self.workers:
             self._interrupted(step)
-        self.high, self.last, self.redone = max(self.high, step.step), step.at, 0
+        self.high, self.last, self.redone, self.workers = max(self.high, step.step), step.at, 0, step.workers
         self.causes.clear()
 
     def _interrupted(self, step: Step) -> None:

@@ -8,10 +8,11 @@ from pipelines.train.account import Account, account_of
 from pipelines.train.timeline import AnyEntry, Event, Joined, Saved, Started, Step
 
 
-def step(number: int, at: float, *, seconds: float = 1.0, paused: float = 0.0, tries: int = 1) -> Step:
-    return Step(
-        at=at, step=number, workers=2, sequences="0f", loss=1.0, seconds=seconds, paused_seconds=paused, tries=tries
-    )
+def step(
+    number: int, at: float, *, seconds: float = 1.0, paused: float = 0.0, tries: int = 1, workers: int = 2
+) -> Step:
+    times = {"at": at, "seconds": seconds, "paused_seconds": paused}
+    return Step(step=number, workers=workers, sequences="0f", loss=1.0, tries=tries, **times)
 
 
 def steps(first: int, last: int, at: float) -> list[AnyEntry]:
@@ -69,6 +70,15 @@ def test_a_try_that_was_given_up_takes_the_cause_that_is_told_after_it() -> None
     assert (one.steps_redone, one.tries_lost, one.seconds_lost) == (0, 1, 1.5)
     assert account.seconds_lost == 1.5
     assert account.steps_kept == pytest.approx(9 / 10)
+
+
+def test_a_worker_lost_between_two_steps_is_an_interruption_before_its_cause_is_told() -> None:
+    """It was waited for, and no try was lost. That its replacement comes is none."""
+    found = [*steps(1, 5, 0.0), step(6, 7.5, workers=1), step(7, 8.5, workers=1), step(8, 9.5)]
+    (one,) = account_of(found).interruptions
+    assert (one.cause, one.step, one.steps_redone, one.tries_lost, one.seconds_lost) == ("aborted", 5, 0, 0, 1.5)
+    (one,) = account_of([*found, Event(at=27.0, cause="hang", detail="worker 1")]).interruptions
+    assert (one.cause, one.detail, one.seconds_lost) == ("hang", "worker 1", 1.5)
 
 
 def test_a_command_started_again_is_an_interruption_unless_a_cause_is_known() -> None:
