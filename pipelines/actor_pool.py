@@ -4,6 +4,7 @@ In: work units (small dicts) and an actor class. Out: the small dict that each u
 The units travel through Ray Data, the data does not: actors read their shard from storage and write it there.
 """
 
+import gc
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,25 +90,35 @@ def run_units(
     units_per_block = min(max(1, len(units) // (num_actors * _BLOCKS_PER_ACTOR)), _MOST_UNITS_PER_BLOCK)
     num_blocks = math.ceil(len(units) / units_per_block)
     stall_seconds = config.stall_seconds * units_per_block
-    with quiet_ray_data(stall_seconds):
-        try:
+    try:
+        with quiet_ray_data(stall_seconds):
             yield from _dataset(units, num_blocks, actor, arguments, num_actors, config).iter_rows()
-        except ray.exceptions.RayTaskError as error:
-            if not isinstance(error.cause, BltError):
-                raise
-            # Ray Data appends advice about its own retry settings to the message.
-            message = str(error.cause).partition("\nFailed to apply")[0]
-            raise type(error.cause)(message) from None
-        except ray.exceptions.RayActorError as error:
-            raise BltError(
-                f"an actor of {actor.__name__} died, with no more of its {_MAX_DEATHS_PER_ACTOR} restarts left "
-                f"(out of memory?): {' '.join(str(error).split())[:300]}"
-            ) from error
-        except ExecutionTimeoutError as error:
-            raise BltError(
-                f"no block of {units_per_block} units of work finished for {stall_seconds:g} s "
-                f"(stall_seconds={config.stall_seconds:g} for each)"
-            ) from error
+        return
+    except ray.exceptions.RayTaskError as error:
+        fault = _raised_by_actor(error)
+    except ray.exceptions.RayActorError as error:
+        fault = BltError(
+            f"an actor of {actor.__name__} died, with no more of its {_MAX_DEATHS_PER_ACTOR} restarts left "
+            f"(out of memory?): {' '.join(str(error).split())[:300]}"
+        )
+    except ExecutionTimeoutError:
+        fault = BltError(
+            f"no block of {units_per_block} units of work finished for {stall_seconds:g} s "
+            f"(stall_seconds={config.stall_seconds:g} for each)"
+        )
+    # Ray Data ends actors when nobody refers to them any more; its frames do, and cycles among them. So what led to the
+    # error must not hang on it: whoever keeps it would keep the actors too, with their CPUs and GPUs.
+    gc.collect()
+    raise fault
+
+
+def _raised_by_actor(error: ray.exceptions.RayTaskError) -> Exception:
+    """Ours as it was raised; another with all that Ray tells of it, the actor's traceback too, in its text."""
+    if isinstance(error.cause, BltError):
+        # Ray Data appends advice about its own retry settings to the message.
+        return type(error.cause)(str(error.cause).partition("\nFailed to apply")[0])
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _dataset(
