@@ -153,7 +153,7 @@ def write_patches(root: Path, documents: str, model: EntropyModel) -> None:
 
 
 def _entry(entry: ShardEntry, data: bytes, patches: int) -> ShardEntry:
-    return dataclasses.replace(entry, patches=patches, sha256=hashlib.sha256(data).hexdigest())
+    return msgspec.structs.replace(entry, patches=patches, sha256=hashlib.sha256(data).hexdigest())
 
 
 def _entropy_model() -> EntropyModel:
