@@ -122,9 +122,8 @@ class LocalTarget:
         except OSError:
             pass  # what a full disk could not take is not wanted any more; the file is closed all the same
         finally:
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # taken for a leftover: must not replace the error that led here
+            # Taken for a leftover, it is gone already: that must not replace the error that led here.
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)
             self._remove_directory()
 

@@ -11,8 +11,16 @@ from pipelines.train.timeline import AnyEntry, Event, Joined, Saved, Started, St
 def step(
     number: int, at: float, *, seconds: float = 1.0, paused: float = 0.0, tries: int = 1, workers: int = 2
 ) -> Step:
-    times = {"at": at, "seconds": seconds, "paused_seconds": paused}
-    return Step(step=number, workers=workers, sequences="0f", loss=1.0, tries=tries, **times)
+    return Step(
+        at=at,
+        step=number,
+        workers=workers,
+        sequences="0f",
+        loss=1.0,
+        seconds=seconds,
+        paused_seconds=paused,
+        tries=tries,
+    )
 
 
 def steps(first: int, last: int, at: float) -> list[AnyEntry]:

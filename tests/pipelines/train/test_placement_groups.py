@@ -28,9 +28,9 @@ def fail_with(reserved: list[PlacementGroup], cpus: int) -> None:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_a_failed_try_gives_its_cpus_back() -> None:
-    """All CPUs that were free: the next try would wait for them for ever."""
-    wait_for(lambda: free_cpus() >= 2, "two free CPUs", seconds=PATIENCE_SECONDS)
-    cpus = free_cpus()  # an actor of an earlier test may hold another
+    """All CPUs again: the next try would wait for them for ever."""
+    cpus = int(ray.cluster_resources()["CPU"])
+    wait_for(lambda: free_cpus() >= cpus, "the actors of earlier tests to end", seconds=PATIENCE_SECONDS)
     others = placement_group([{"CPU": 1}])
     assert others.wait(PATIENCE_SECONDS)
     try:

@@ -47,7 +47,7 @@ from tests.processes import kill_all
 from tests.raylets import raylets
 from tests.s3_server import S3Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
 
 PATIENCE_SECONDS = 150.0
 wait_for = functools.partial(waiting.wait_for, seconds=PATIENCE_SECONDS)
